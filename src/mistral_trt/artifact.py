@@ -1,0 +1,101 @@
+"""A folder that appears whole or not at all.
+
+An artifact is written into a hidden folder beside its place and moved there in one rename when its
+manifest, the last file, is on disk. A killed run leaves a hidden folder that the next run removes.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mistral_trt.errors import ArtifactError
+
+MANIFEST_NAME = "manifest.json"
+
+
+@contextmanager
+def new_artifact(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` if the block ends well and vanishes if it does not.
+
+    Raises ArtifactError if `out` holds something that is not an artifact of ours, if another run is
+    writing it, or if the block leaves no manifest.
+    """
+    out = out.absolute()
+    _refuse_foreign(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot make {out.parent}: {error.strerror}; choose another --out") from error
+    with _lock(out):
+        for stale in out.parent.glob(f".{out.name}.partial-*"):
+            shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        try:
+            partial.chmod(0o755)
+            yield partial
+            if not (partial / MANIFEST_NAME).is_file():
+                raise ArtifactError(f"{out}: nothing wrote a {MANIFEST_NAME}")
+            _sync(partial)
+            _replace(partial, out)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it appears whole, under its final name, or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ArtifactError(f"{out} is in the way (not a folder); choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
+        raise ArtifactError(
+            f"{out} is not empty and holds no {MANIFEST_NAME}, so it is not replaced; "
+            "choose another --out or remove it"
+        )
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    path = out.parent / f".{out.name}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"another run is writing {out}; wait for it or choose another --out"
+            ) from error
+        yield
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    retired = partial.with_name(partial.name.replace("partial", "partial-old"))
+    if out.exists():
+        out.rename(retired)
+    partial.rename(out)
+    shutil.rmtree(retired, ignore_errors=True)

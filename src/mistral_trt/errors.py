@@ -1,0 +1,88 @@
+"""Every error this package raises on purpose.
+
+MistralTrtError
+├── ConfigError            a checkpoint's configuration, or a setting, that is not supported
+├── CheckpointError        a checkpoint whose files are missing, damaged or of the wrong shape
+├── ExportError            an ONNX graph that does not keep the contract
+├── ArtifactError          an output folder that cannot be written
+├── ManifestError          an artifact folder that is not whole, not ours or was altered
+├── GpuError               a GPU that is unknown or cannot be targeted from here
+├── BuildError             TensorRT refused, or built something that must not be used
+├── EngineMismatchError    an artifact that does not fit this machine or this backend
+├── GenerationError        a request that cannot be served as asked
+│   └── NonFiniteLogitsError   a step produced NaN or infinity; the request is ended
+├── ValidationError        a validation that could not be run (a failed gate is not an error)
+└── MissingDependencyError an optional package that this command needs
+
+A message says what was expected, what was found and, where there is one, the command that repairs it.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+
+class MistralTrtError(Exception):
+    """Root of the tree above; the command line prints its message without a traceback."""
+
+
+class ConfigError(MistralTrtError):
+    pass
+
+
+class CheckpointError(MistralTrtError):
+    pass
+
+
+class ExportError(MistralTrtError):
+    pass
+
+
+class ArtifactError(MistralTrtError):
+    pass
+
+
+class ManifestError(MistralTrtError):
+    pass
+
+
+class GpuError(MistralTrtError):
+    pass
+
+
+class BuildError(MistralTrtError):
+    pass
+
+
+class EngineMismatchError(MistralTrtError):
+    pass
+
+
+class GenerationError(MistralTrtError):
+    pass
+
+
+class NonFiniteLogitsError(GenerationError):
+    pass
+
+
+class ValidationError(MistralTrtError):
+    pass
+
+
+class MissingDependencyError(MistralTrtError):
+    pass
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra brings it.
+
+    Raises MissingDependencyError if the package is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        raise MissingDependencyError(
+            f"this needs the package {missing!r}, which is not installed; "
+            f"run: pip install 'mistral-trt[{extra}]'"
+        ) from error

@@ -1,0 +1,197 @@
+"""`manifest.json`: what makes a folder an artifact, and how a reader knows it is whole and unaltered.
+
+It is the last file written. It lists every other file with size and SHA-256, names the manifest it was
+made from, and carries the model config, the graph contract and the versions of all tools involved.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mistral_trt.artifact import MANIFEST_NAME, write_file
+from mistral_trt.config import ModelConfig
+from mistral_trt.contract import GraphContract
+from mistral_trt.errors import ConfigError, ManifestError
+
+FORMAT_VERSION = 1
+
+STAGES = {
+    "onnx": "mistral-trt export CHECKPOINT --out {folder}",
+    "engine": "mistral-trt build ONNX_DIR --gpu GPU --out {folder}",
+}
+"""Stage → the command that makes (and repairs) its folder."""
+
+_CHUNK_BYTES = 1 << 24
+_FIELDS = (
+    "format_version",
+    "stage",
+    "files",
+    "sources",
+    "config",
+    "contract",
+    "versions",
+    "details",
+)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of one `manifest.json`.
+
+    files: every file of the folder but the manifest itself.
+    sources: stage → SHA-256 of what this was made from (a checkpoint's files, or another manifest).
+    details: what only this stage has to say (see docs/artifact-format.md).
+    """
+
+    stage: str
+    files: Mapping[str, FileEntry]
+    sources: Mapping[str, str]
+    contract: GraphContract
+    versions: Mapping[str, str]
+    details: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ManifestError(f"manifest: stage must be one of {sorted(STAGES)}, found {self.stage!r}")
+        for name in self.files:
+            if not is_plain_name(name):
+                raise ManifestError(f"manifest: {name!r} is not a plain file name")
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.contract.config
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "stage": self.stage,
+            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
+            "sources": dict(self.sources),
+            "config": self.config.to_json(),
+            "contract": self.contract.to_json(),
+            "versions": dict(self.versions),
+            "details": dict(self.details),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, atomically; call it after every other file is in place."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        write_file(folder / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool = True) -> Manifest:
+    """Read an artifact's manifest and check that the folder is what it says.
+
+    stage: the stage expected, None for any.  check_files: compare every file's SHA-256, not only its size.
+    Raises ManifestError in plain words, with the command that repairs it.
+    """
+    repair = STAGES.get(stage or "", "mistral-trt export … or build …").format(folder=folder)
+    if not folder.is_dir():
+        raise ManifestError(f"{folder} is not a folder; make it with: {repair}")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ManifestError(
+            f"{folder} holds no {MANIFEST_NAME}, so it is not a finished artifact; make it with: {repair}"
+        )
+    manifest = _parse(path, repair)
+    if stage is not None and manifest.stage != stage:
+        raise ManifestError(f"{folder}: expected an {stage} folder, found an {manifest.stage} folder")
+    for name, entry in manifest.files.items():
+        _check_file(folder / name, entry, check_hash=check_files, repair=repair)
+    return manifest
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Identity of an artifact: the hash of its manifest, which holds the hashes of all else."""
+    return sha256_file(folder / MANIFEST_NAME)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
+    """The `files` section for everything in `folder`; `known` gives hashes already taken while writing."""
+    known = known or {}
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST_NAME:
+            entries[path.name] = FileEntry(known.get(path.name) or sha256_file(path), path.stat().st_size)
+    return entries
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, of Python and of the given distributions that are installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("mistral-trt", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` stays inside its folder: one path component, not hidden."""
+    return bool(name) and not name.startswith(".") and not any(c in name for c in "/\\\0")
+
+
+def _parse(path: Path, repair: str) -> Manifest:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ManifestError(
+            f"{path} cannot be read as JSON ({error}); make it again with: {repair}"
+        ) from error
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        found = data.get("format_version") if isinstance(data, dict) else type(data).__name__
+        raise ManifestError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}; make it again with: {repair}"
+        )
+    try:
+        if sorted(data) != sorted(_FIELDS):
+            raise ManifestError(f"expected the fields {sorted(_FIELDS)}, found {sorted(data)}")
+        config = ModelConfig.from_json(data["config"])
+        return Manifest(
+            stage=data["stage"],
+            files={name: FileEntry(**entry) for name, entry in data["files"].items()},
+            sources=data["sources"],
+            contract=GraphContract.from_json(data["contract"], config),
+            versions=data["versions"],
+            details=data["details"],
+        )
+    except (ConfigError, ManifestError, TypeError, KeyError, AttributeError) as error:
+        raise ManifestError(f"{path} is damaged: {error}; make it again with: {repair}") from error
+
+
+def _check_file(path: Path, entry: FileEntry, *, check_hash: bool, repair: str) -> None:
+    if not path.is_file():
+        raise ManifestError(f"{path} is missing; make the folder again with: {repair}")
+    if path.stat().st_size != entry.bytes:
+        raise ManifestError(
+            f"{path}: expected {entry.bytes} bytes, found {path.stat().st_size}; "
+            f"make the folder again with: {repair}"
+        )
+    if check_hash and sha256_file(path) != entry.sha256:
+        raise ManifestError(
+            f"{path} was altered after it was made (its SHA-256 differs from the manifest's); "
+            f"make the folder again with: {repair}"
+        )

@@ -1,0 +1,69 @@
+"""Long work → a progress bar on a terminal, plain lines everywhere else.
+
+Progress goes to stderr; stdout belongs to results.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+def note(message: str) -> None:
+    """One line of log on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def track(title: str, total: int, *, unit: str = "steps") -> Iterator[Advance]:
+    """Yield `advance(n)`. unit: "bytes" shows sizes and rates, anything else counts."""
+    if sys.stderr.isatty():
+        with _rich_bar(title, total, unit) as advance:
+            yield advance
+    else:
+        with _plain_lines(title, total, unit) as advance:
+            yield advance
+
+
+@contextmanager
+def _rich_bar(title: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+@contextmanager
+def _plain_lines(title: str, total: int, unit: str) -> Iterator[Advance]:
+    started = last = time.monotonic()
+    done = 0
+
+    def amount(n: int) -> str:
+        return f"{n / 1e6:.0f} MB" if unit == "bytes" else f"{n} {unit}"
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last > _PLAIN_INTERVAL_S:
+            last = now
+            note(f"{title}: {amount(done)} of {amount(total)}, {now - started:.0f} s")
+
+    yield advance
+    note(f"{title}: {amount(done)} in {time.monotonic() - started:.1f} s")
