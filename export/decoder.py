@@ -142,7 +142,9 @@ class MLP(nn.Module):
         self.down_proj = linear(inner, hidden, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        inner = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        out: Tensor = self.down_proj(inner)
+        return out
 
 
 class DecoderLayer(nn.Module):

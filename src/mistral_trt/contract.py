@@ -217,7 +217,7 @@ def plan_contract(
     precision: str,
     sliding_window: int | None = None,
     prefill_chunk: int = 256,
-    max_batch_size: int = 1,
+    max_batch_size: int = 4,
     max_context: int | None = None,
 ) -> GraphContract:
     """Settle W and the limits of an export.

@@ -17,8 +17,10 @@ MistralTrtError
 A message says what was expected, what was found and, where there is one, the command that repairs it.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 
 class MistralTrtError(Exception):
@@ -62,7 +64,15 @@ class GenerationError(MistralTrtError):
 
 
 class NonFiniteLogitsError(GenerationError):
-    pass
+    """rows: the rows that failed.  healthy: logits of the other rows of the same step, by row."""
+
+    def __init__(self, rows: list[int], healthy: Mapping[int, Any]) -> None:
+        super().__init__(
+            f"the model produced NaN or infinity in row(s) {', '.join(map(str, rows))}; the request is ended "
+            "(a float16 overflow is the usual cause: try --precision bf16)"
+        )
+        self.rows = rows
+        self.healthy = healthy
 
 
 class ValidationError(MistralTrtError):

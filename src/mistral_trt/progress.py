@@ -3,6 +3,7 @@
 Progress goes to stderr; stdout belongs to results.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,12 @@ Advance = Callable[[int], None]
 _PLAIN_INTERVAL_S = 10.0
 
 
+log = logging.getLogger("mistral_trt")
+
+
 def note(message: str) -> None:
-    """One line of log on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """One line of log; the command line sends it to stderr."""
+    log.info(message)
 
 
 @contextmanager

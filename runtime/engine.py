@@ -1,0 +1,162 @@
+"""An artifact folder → an engine that turns prompts into text.
+
+engine = Engine.load("build/demo/onnx-fp16")
+for piece in engine.stream("The capital of France is"):
+    print(piece.text, end="")
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_trt.errors import EngineMismatchError, GenerationError, NonFiniteLogitsError, require
+from mistral_trt.manifest import Manifest, read_manifest
+from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.generate import FinishReason, Request, run_requests
+from mistral_trt.runtime.sampling import SamplingParams
+from mistral_trt.runtime.tokenizer import Message, Tokenizer
+
+MODEL_NAME = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of streamed text; the last of a stream has a finish_reason and no token."""
+
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished text. `tokens` leaves out the prompt and the token that ended the text."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class Engine:
+    """A loaded artifact. Calls from several threads are safe and wait for each other."""
+
+    def __init__(self, cache: RollingCache, manifest: Manifest, tokenizer: Tokenizer | None) -> None:
+        self.cache = cache
+        self.manifest = manifest
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, folder: str | Path, *, threads: int | None = None, trust_weights: bool = False) -> "Engine":
+        """Check the artifact and load it.
+
+        threads: CPU threads, None for the backend's own choice.  trust_weights: compare sizes only,
+        not hashes.  Raises ManifestError for an altered folder, EngineMismatchError for one that cannot
+        run here.
+        """
+        path = Path(folder)
+        manifest = read_manifest(path, check_files=not trust_weights)
+        cache = _open_backend(path, manifest, threads)
+        has_text = "tokenizer.json" in manifest.files
+        return cls(cache, manifest, Tokenizer.from_folder(path) if has_text else None)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises GenerationError if the artifact has none."""
+        if self._tokenizer is None:
+            raise GenerationError(
+                "this artifact has no tokenizer: pass token ids, or export again from a checkpoint with "
+                "tokenizer.json"
+            )
+        return self._tokenizer
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        allow_long: bool = False,
+    ) -> Iterator[Piece]:
+        """Produce a text piece by piece, from a prompt (text or token ids) or from chat messages.
+
+        Raises GenerationError before the first piece if the request cannot be served, and
+        NonFiniteLogitsError if the model produces NaN or infinity.
+        """
+        request = self._request(prompt, messages, params or SamplingParams(), allow_long)
+        return self._stream(request, allow_long)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        allow_long: bool = False,
+    ) -> list[Output]:
+        """Produce a text for each prompt, max_batch_size of them at a time."""
+        settings = params or SamplingParams()
+        requests = [self._request(prompt, None, settings, allow_long) for prompt in prompts]
+        rows = self.cache.capacity_rows
+        with self._lock:
+            for start in range(0, len(requests), rows):
+                for _ in run_requests(self.cache, requests[start : start + rows], allow_long=allow_long):
+                    pass
+        return [self._output(request) for request in requests]
+
+    def _stream(self, request: Request, allow_long: bool) -> Iterator[Piece]:
+        decoder = self._tokenizer.decoder(request.prompt) if self._tokenizer else None
+        with self._lock:
+            for _, token in run_requests(self.cache, [request], allow_long=allow_long):
+                if token is not None:
+                    yield Piece(decoder.push(token) if decoder else "", token)
+        if request.finish_reason == "error":
+            raise NonFiniteLogitsError([request.row], {})
+        yield Piece("", None, request.finish_reason)
+
+    def _request(
+        self,
+        prompt: str | Sequence[int] | None,
+        messages: Sequence[Message] | None,
+        params: SamplingParams,
+        allow_long: bool,
+    ) -> Request:
+        if (prompt is None) == (messages is None):
+            raise GenerationError("expected either a prompt or messages")
+        if messages is not None:
+            tokens: Sequence[int] = self.tokenizer.encode_chat(messages)
+        else:
+            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt or ())
+        generation = self.manifest.details.get("generation", {})
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= set(generation.get("eos_token_ids", ()))
+        request = Request(tokens, params, frozenset(ends))
+        if reason := self.manifest.contract.check_position(len(tokens) - 1, allow_long=allow_long):
+            raise GenerationError(f"the prompt has {len(tokens)} tokens: {reason}")
+        return request
+
+    def _output(self, request: Request) -> Output:
+        if request.finish_reason is None:
+            raise GenerationError("the request did not run to its end")
+        text = ""
+        if self._tokenizer is not None:
+            decoder = self._tokenizer.decoder(request.prompt)
+            text = "".join(decoder.push(token) for token in request.tokens)
+        return Output(text, tuple(request.tokens), request.finish_reason)
+
+
+def open_cache(folder: Path, *, threads: int | None = None, trust_weights: bool = False) -> RollingCache:
+    """The rolling cache alone, for callers that feed tokens and read logits themselves."""
+    return _open_backend(folder, read_manifest(folder, check_files=not trust_weights), threads)
+
+
+def _open_backend(folder: Path, manifest: Manifest, threads: int | None) -> RollingCache:
+    if manifest.stage == "engine":
+        gpu = manifest.details.get("gpu", "a GPU")
+        raise EngineMismatchError(
+            f"{folder} holds a TensorRT engine for {gpu}; this version builds and checks engines but does "
+            "not execute them. Run the ONNX folder it was built from, or the engine with TensorRT's own tools"
+        )
+    module = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
+    return RollingCache(module.OnnxRuntimeBackend(folder / MODEL_NAME, manifest.contract, threads=threads))
