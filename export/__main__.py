@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mistral_trt.cli import run
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.onnx_folder import export_checkpoint
@@ -43,4 +44,4 @@ def identify(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(export(sys.argv[1:]))
+    sys.exit(run("export", sys.argv[1:]))

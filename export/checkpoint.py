@@ -6,14 +6,13 @@ read, and names and shapes are compared with what the config promises.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.artifact import write_file
+from mistral_trt.artifact import cache_folder, write_file
 from mistral_trt.config import ModelConfig, unrecognised_keys
 from mistral_trt.errors import CheckpointError
 from mistral_trt.export.tensor_files import DTYPES, StoredTensor, read_header
@@ -227,12 +226,6 @@ def remembered_sha256(path: Path) -> str:
         store.parent.mkdir(parents=True, exist_ok=True)
         write_file(store, json.dumps(known, indent=1).encode())
     return str(known[key])
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it can make again: $XDG_CACHE_HOME/mistral-trt."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mistral-trt"
 
 
 def _require_same_bytes(head: StoredTensor, embedding: StoredTensor | None) -> None:

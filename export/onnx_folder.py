@@ -81,7 +81,8 @@ def describe(contract: GraphContract) -> str:
     ring, config = contract.ring, contract.config
     row_mb = contract.ring_bytes_per_row / 1e6
     token_kb = contract.ring_bytes_per_row / ring.capacity / 1e3
-    size = f"{contract.precision}: ring of {ring.capacity} slots, {row_mb:.1f} MB a row ({token_kb:.1f} kB a token)"
+    sizes = f"{row_mb:.1f} MB a row, {token_kb:.1f} kB a token"
+    size = f"{contract.precision}: ring of {ring.capacity} slots, {sizes}"
     if contract.wraps:
         origin = "" if ring.sliding_window == config.sliding_window else " (overridden)"
         return f"window of {ring.sliding_window} tokens{origin}, chunks of {ring.prefill_chunk}; {size}"

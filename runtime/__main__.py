@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from mistral_trt.cli import run
 from mistral_trt.runtime.engine import Engine, Piece
 from mistral_trt.runtime.sampling import SamplingParams
 
@@ -70,4 +71,4 @@ def _ask() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(generate(sys.argv[1:]))
+    sys.exit(run("generate", sys.argv[1:]))

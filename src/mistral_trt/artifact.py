@@ -17,15 +17,22 @@ from mistral_trt.errors import ArtifactError
 MANIFEST_NAME = "manifest.json"
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: $XDG_CACHE_HOME/mistral-trt."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mistral-trt"
+
+
 @contextmanager
-def new_artifact(out: Path) -> Iterator[Path]:
+def new_artifact(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` if the block ends well and vanishes if it does not.
 
+    marker: the file, written last, whose presence says that a folder is one of ours and whole.
     Raises ArtifactError if `out` holds something that is not an artifact of ours, if another run is
-    writing it, or if the block leaves no manifest.
+    writing it, or if the block leaves no marker.
     """
     out = out.absolute()
-    _refuse_foreign(out)
+    _refuse_foreign(out, marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -37,8 +44,8 @@ def new_artifact(out: Path) -> Iterator[Path]:
         try:
             partial.chmod(0o755)
             yield partial
-            if not (partial / MANIFEST_NAME).is_file():
-                raise ArtifactError(f"{out}: nothing wrote a {MANIFEST_NAME}")
+            if not (partial / marker).is_file():
+                raise ArtifactError(f"{out}: nothing wrote a {marker}")
             _sync(partial)
             _replace(partial, out)
         except OSError as error:
@@ -61,12 +68,12 @@ def write_file(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _refuse_foreign(out: Path) -> None:
+def _refuse_foreign(out: Path, marker: str) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out} is in the way (not a folder); choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
         raise ArtifactError(
-            f"{out} is not empty and holds no {MANIFEST_NAME}, so it is not replaced; "
+            f"{out} is not empty and holds no {marker}, so it is not replaced; "
             "choose another --out or remove it"
         )
 

@@ -1,0 +1,126 @@
+# mistral-trt: checkpoint → ONNX → TensorRT engine → report and text.
+#
+# File targets are the manifests that each stage writes last. Everything a variable alters has that
+# variable in its path, so two settings never share a folder. Every target makes .venv when it needs it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?= python3
+DEMO_MODEL := build/models/smollm2-135m-instruct
+MODEL ?= $(DEMO_MODEL)
+GPU ?= a10g
+PRECISION ?= fp16
+FLAVOR ?= auto
+# Left empty, these keep the checkpoint's window and the defaults of `mistral-trt export`.
+WINDOW ?=
+CHUNK ?=
+MAX_BATCH ?=
+MAX_CONTEXT ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+CLI := $(BIN)/mistral-trt
+GPUS := $(sort $(basename $(notdir $(wildcard engines/gpus/*.toml))))
+
+ifneq ($(filter engine,$(MAKECMDGOALS)),)
+  ifeq ($(filter $(GPU),$(GPUS)),)
+    $(error unknown GPU '$(GPU)'; known: $(GPUS))
+  endif
+endif
+
+.PHONY: help demo engine report onnx test test-all lint gpus bench clean .engine .report .onnx
+
+help: ## show this list
+	@echo 'make TARGET [MODEL=checkpoint] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
+	  do printf '  %-10s %s\n' "$$target" "$$words"; done
+
+# ---------------------------------------------------------------- what a person asks for
+
+demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
+	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
+	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT="; \
+	  $(MAKE) .report PRECISION=fp32 $$options; \
+	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
+	  ln -sfn $$(basename $$run) build/demo
+	@$(BIN)/python bench/summary.py build/demo
+
+engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT engine for GPU=…, from MODEL=…
+	@$(CLI) gpus --check $(GPU) --precision $(PRECISION) --flavor $(FLAVOR)
+	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .engine RUN=build/$$run
+
+report: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the numeric report of MODEL=… at PRECISION=…
+	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .report RUN=build/$$run
+
+onnx: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the ONNX folder of MODEL=… at PRECISION=…
+	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .onnx RUN=build/$$run
+
+gpus: $(READY) ## the GPUs an engine can be built for
+	@$(CLI) gpus
+
+test: $(READY) ## the unit suite, under 3 minutes
+	$(BIN)/pytest -q -m 'not slow and not gpu'
+
+test-all: $(READY) ## everything that needs no GPU, real engine builds included
+	$(BIN)/pytest -q -m 'not gpu'
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) demo-model ## the figures of the README, measured here
+	$(BIN)/python bench/pipeline.py $(DEMO_MODEL) --out bench/results/pipeline.json
+
+clean: ## remove everything that was built (.venv stays)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
+
+.PHONY: demo-model
+demo-model: $(READY)
+	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
+
+# ---------------------------------------------------------------- the environment
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version); set PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# ---------------------------------------------------------------- the pipeline, inside one RUN folder
+# RUN is build/<name>-<first 8 of the checkpoint's hash>: another checkpoint is another folder.
+
+ifdef RUN
+SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))
+EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
+  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT))
+ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
+ENGINE := $(RUN)/engines/$(GPU)-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))
+REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
+CORE := $(wildcard src/mistral_trt/*.py)
+
+.onnx: $(ONNX)/manifest.json
+	@echo $(ONNX)
+.engine: $(ENGINE)/manifest.json
+	@echo $(ENGINE)
+.report: $(REPORT)/passed
+	@echo $(REPORT)/report.html
+
+$(ONNX)/manifest.json: $(wildcard export/*.py) $(CORE)
+	@$(CLI) export '$(MODEL)' --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
+
+$(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/gpus/$(GPU).toml
+	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) --out $(@D) > /dev/null
+
+# The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
+$(REPORT)/passed: $(ONNX)/manifest.json $(wildcard validate/*.py validate/*.toml validate/*.html runtime/*.py)
+	@$(CLI) validate $(ONNX) --reference '$(MODEL)' --out $(@D)
+	@touch $@
+endif
