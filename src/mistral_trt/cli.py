@@ -89,3 +89,7 @@ def usage() -> str:
     return "\n".join(
         ["usage: mistral-trt COMMAND …", "", *lines, "", "mistral-trt COMMAND --help describes each."]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

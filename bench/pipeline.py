@@ -1,0 +1,118 @@
+"""The whole pipeline on one checkpoint → the README's figures, as a table and as JSON.
+
+Times are whole processes, started cold; the decode step is the median of 100 steps after ten, with the
+ring full. Run it on a quiet machine: python bench/pipeline.py CHECKPOINT --out FILE
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from mistral_trt.manifest import read_manifest, tool_versions
+from mistral_trt.runtime.engine import open_cache
+
+TOOLS = ("torch", "onnx", "onnxruntime", "transformers", "tensorrt-rtx")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        figures = {"machine": machine(), "figures": measure(args.checkpoint, Path(scratch))}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(table(figures["figures"]))
+    return 0
+
+
+def measure(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+    """precision or GPU → its figures."""
+    figures: dict[str, Any] = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        folder = scratch / f"onnx-{precision}"
+        seconds = timed("export", str(checkpoint), "--out", str(folder), "--precision", precision)
+        figures[f"export {precision}"] = {"seconds": seconds, "bytes": total_bytes(folder)}
+    for gpu, precision in (("a10g", "fp16"), ("l4", "bf16")):
+        folder = scratch / f"{gpu}-{precision}"
+        onnx = str(scratch / f"onnx-{precision}")
+        seconds = timed("build", onnx, "--gpu", gpu, "--out", str(folder))
+        figures[f"build {gpu} {precision}"] = {"seconds": seconds, "bytes": total_bytes(folder)}
+    for precision in ("fp32", "fp16"):
+        figures[f"decode {precision}"] = decode(scratch / f"onnx-{precision}")
+    for precision in ("fp32", "fp16", "bf16"):
+        figures[f"validate {precision}"] = validate(checkpoint, scratch, precision)
+    return figures
+
+
+def decode(folder: Path) -> dict[str, float]:
+    """Load time, prefill rate and step time of the ONNX Runtime backend, one row, ring full."""
+    started = time.perf_counter()
+    cache = open_cache(folder)
+    load_s = time.perf_counter() - started
+    row, ring = cache.acquire(), cache.contract.ring
+    prompt = [i % cache.contract.config.vocab_size for i in range(2 * ring.capacity)]
+    started = time.perf_counter()
+    cache.append(row, prompt)
+    prefill_s = time.perf_counter() - started
+    steps = []
+    for token in range(110):
+        started = time.perf_counter()
+        cache.step({row: token})
+        steps.append(time.perf_counter() - started)
+    return {
+        "load_s": round(load_s, 2),
+        "prefill_tokens_per_s": round(len(prompt) / prefill_s, 1),
+        "step_ms": round(1e3 * statistics.median(steps[10:]), 1),
+    }
+
+
+def validate(checkpoint: Path, scratch: Path, precision: str) -> dict[str, Any]:
+    out = scratch / f"report-{precision}"
+    onnx = str(scratch / f"onnx-{precision}")
+    seconds = timed("validate", onnx, "--reference", str(checkpoint), "--out", str(out))
+    report = json.loads((out / "report.json").read_text())
+    gates = {gate["name"]: gate["value"] for gate in report["gates"]}
+    return {"seconds": seconds, "verdict": report["verdict"], **gates}
+
+
+def timed(*arguments: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mistral_trt.cli", *arguments], check=True, stdout=sys.stderr)
+    return round(time.perf_counter() - started, 1)
+
+
+def total_bytes(folder: Path) -> int:
+    return sum(entry.bytes for entry in read_manifest(folder, check_files=False).files.values())
+
+
+def machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpus": os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "platform": platform.platform(terse=True),
+        "versions": tool_versions(*TOOLS),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = ["| what | figures |", "| --- | --- |"]
+    for name, values in figures.items():
+        cells = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in values.items())  # fmt: skip
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The embedded runtime as a service sees it: prompts in, text out, errors that say what to do."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mistral_trt.errors import EngineMismatchError, GenerationError, ManifestError, NonFiniteLogitsError
+from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.manifest import read_manifest
+from mistral_trt.runtime import Engine, SamplingParams
+from mistral_trt.runtime.cache import RowSnapshot
+from mistral_trt.runtime.tokenizer import Tokenizer
+from tests.models import write_checkpoint, write_tokenizer
+
+PROMPT = "naïve café 日本 🙂"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny artifact with text: vocabulary of bytes, W = 8."""
+    root = tmp_path_factory.mktemp("text")
+    checkpoint = write_tokenizer(write_checkpoint(root / "checkpoint", vocab_size=259, eos_token_id=1))
+    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4)
+    return root / "onnx"
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return Engine.load(folder)
+
+
+def test_stream_joins_to_generate(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    pieces = list(engine.stream(PROMPT, params))
+    (output,) = engine.generate([PROMPT], params)
+    assert "".join(piece.text for piece in pieces) == output.text
+    assert tuple(p.token for p in pieces if p.token is not None) == output.tokens
+    assert pieces[-1].finish_reason == output.finish_reason == "length"
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+def test_a_batch_equals_each_prompt_alone(engine: Engine) -> None:
+    prompts = [PROMPT[:n] for n in (1, 3, 9, 14, 6, 2)]
+    for params in (
+        SamplingParams(max_tokens=30, ignore_eos=True),
+        SamplingParams(max_tokens=30, temperature=0.8, top_k=40, top_p=0.9, seed=4),
+    ):
+        alone = [engine.generate([prompt], params)[0] for prompt in prompts]
+        assert engine.generate(prompts, params) == alone
+
+
+def test_a_seed_fixes_the_text_and_another_changes_it(engine: Engine) -> None:
+    def run(seed: int | None) -> tuple[int, ...]:
+        params = SamplingParams(max_tokens=20, temperature=1.0, seed=seed, ignore_eos=True)
+        return engine.generate(["x"], params)[0].tokens
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+
+
+def test_stop_tokens_end_the_text_and_are_not_part_of_it(engine: Engine) -> None:
+    free = engine.generate(["abc"], SamplingParams(max_tokens=10, ignore_eos=True))[0]
+    stop = free.tokens[4]
+    first = free.tokens.index(stop)
+    held = engine.generate(["abc"], SamplingParams(max_tokens=10, stop_token_ids=(stop,)))[0]
+    assert held.tokens == free.tokens[:first]
+    assert held.finish_reason == "stop"
+
+
+def test_the_models_own_end_token_ends_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mistral_trt.runtime.generate.sample", lambda *_: 1)
+    assert engine.generate(["abc"])[0].finish_reason == "stop"
+    ignored = engine.generate(["abc"], SamplingParams(max_tokens=3, ignore_eos=True))[0]
+    assert ignored.tokens == (1, 1, 1)
+
+
+def test_an_abandoned_stream_gives_its_row_back(engine: Engine) -> None:
+    stream = engine.stream("abc", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert engine.cache.free_rows == engine.cache.capacity_rows
+
+
+def test_threads_wait_for_each_other(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    expected = {prompt: engine.generate([prompt], params)[0] for prompt in "abcdefgh"}
+    found = {}
+
+    def work(prompt: str) -> None:
+        found[prompt] = engine.generate([prompt], params)[0]
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_nan_ends_the_request_with_an_error_and_the_next_is_clean(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    expected = engine.generate(["abc"], params)
+    stream = engine.stream("abc", params)
+    next(stream)
+    state = engine.cache.snapshot(0)
+    rings = tuple(np.full_like(ring, np.nan) for ring in state.rings)
+    engine.cache.restore(0, RowSnapshot(state.position, rings))
+    with pytest.raises(NonFiniteLogitsError, match="bf16"):
+        list(stream)
+    assert engine.generate(["abc"], params) == expected
+
+
+def test_token_ids_are_a_prompt_too(engine: Engine) -> None:
+    ids = engine.tokenizer.encode(PROMPT)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    assert engine.generate([ids], params) == engine.generate([PROMPT], params)
+
+
+def test_messages_are_rendered_and_encoded_with_one_bos(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert engine.tokenizer.render_chat(messages) == "<s>[user] hi\n[assistant] "
+    assert engine.tokenizer.encode_chat(messages).count(0) == 1
+    pieces = list(engine.stream(messages=messages, params=SamplingParams(max_tokens=2, ignore_eos=True)))
+    assert pieces[-1].finish_reason == "length"
+
+
+def test_pieces_are_whole_characters(engine: Engine) -> None:
+    decoder = engine.tokenizer.decoder([0])
+    pieces = [decoder.push(token) for token in engine.tokenizer.encode(PROMPT)]
+    assert "".join(pieces) == PROMPT
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "either a prompt or messages"),
+        ({"prompt": "a", "messages": []}, "either a prompt or messages"),
+        ({"prompt": []}, "at least one token"),
+        ({"prompt": [999]}, "token ids must lie in 0…258"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(
+    engine: Engine, arguments: dict[str, object], words: str
+) -> None:
+    with pytest.raises(GenerationError, match=words):
+        list(engine.stream(**arguments))  # type: ignore[arg-type]
+
+
+def test_a_prompt_past_the_context_is_refused_and_a_text_ends_there(tmp_path: Path) -> None:
+    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "c", vocab_size=259, sliding_window=None))
+    export_checkpoint(checkpoint, tmp_path / "o", precision="fp32", prefill_chunk=4, max_context=12)
+    engine = Engine.load(tmp_path / "o")
+    with pytest.raises(GenerationError, match="the prompt has 21 tokens.*max_context of 12"):
+        engine.stream("x" * 20)
+    output = engine.generate(["x" * 5], SamplingParams(max_tokens=50, ignore_eos=True))[0]
+    assert output.finish_reason == "context"
+    assert 6 + len(output.tokens) == 13  # the last token was sampled, and could not be fed back
+
+
+def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ManifestError, match="was altered after it was made"):
+        Engine.load(copy)
+    Engine.load(copy, trust_weights=True)
+
+
+def test_an_engine_folder_says_what_to_run_instead(folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"stage": "engine", "files": {}, "details": {"gpu": "NVIDIA A10G"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(tmp_path).stage == "engine"
+    with pytest.raises(EngineMismatchError, match=r"TensorRT engine for NVIDIA A10G.*Run the ONNX folder"):
+        Engine.load(tmp_path)
+
+
+def test_an_artifact_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    export_checkpoint(write_checkpoint(tmp_path / "c"), tmp_path / "o", precision="fp32", prefill_chunk=4)
+    engine = Engine.load(tmp_path / "o")
+    with pytest.raises(GenerationError, match="no tokenizer: pass token ids"):
+        engine.stream("text")
+    output = engine.generate([[1, 2]], SamplingParams(max_tokens=2, ignore_eos=True))[0]
+    assert (len(output.tokens), output.text) == (2, "")
+    with pytest.raises(ManifestError, match=r"has no tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path / "o")
+
+
+def test_chat_templates_run_in_a_sandbox(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "t")
+    template = tmp_path / "t" / "chat_template.jinja"
+    for text, words in [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ]:
+        template.write_text(text)
+        with pytest.raises(GenerationError, match=words):
+            Tokenizer.from_folder(tmp_path / "t").encode_chat([])
+    template.unlink()
+    with pytest.raises(GenerationError, match="no chat template"):
+        Tokenizer.from_folder(tmp_path / "t").encode_chat([])
+    (tmp_path / "t" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ManifestError, match="tokenizer cannot be read"):
+        Tokenizer.from_folder(tmp_path / "t")
+
+
+def test_a_template_may_live_in_the_tokenizer_config(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    for value in ("{{ bos_token }}hi", [{"name": "default", "template": "{{ bos_token }}hi"}]):
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"bos_token": "<s>", "chat_template": value})
+        )
+        assert Tokenizer.from_folder(folder).render_chat([]) == "<s>hi"
