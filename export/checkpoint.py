@@ -52,7 +52,13 @@ class Checkpoint:
         config = ModelConfig.from_huggingface(raw)
         for key in unrecognised_keys(raw):
             note(f"config.json: {key} = {raw[key]!r} is not known here and has no effect on the graph")
-        tensors = select_weights(find_tensors(folder), expected_shapes(config), config)
+        found = find_tensors(folder)
+        if config.num_hidden_layers > len(found):
+            raise CheckpointError(
+                f"config.json calls for {config.num_hidden_layers} layers, "
+                f"the checkpoint holds {len(found)} tensors"
+            )
+        tensors = select_weights(found, expected_shapes(config), config)
         return cls(folder, config, raw, tensors)
 
     @property
@@ -117,11 +123,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files, single or sharded."""
-    if (folder / _INDEX).is_file():
-        return _read_shards(folder)
+    """Every tensor of the folder's safetensors files: the single one if it is there, as in transformers."""
     if (folder / _SINGLE).is_file():
         return read_header(folder / _SINGLE)
+    if (folder / _INDEX).is_file():
+        return _read_shards(folder)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise CheckpointError(
             f"{folder} holds pickled weights, which can run code; convert them with: python -c "

@@ -6,9 +6,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mistral_trt.artifact import new_artifact
+from mistral_trt.artifact import free_disk_bytes, new_artifact
 from mistral_trt.contract import GraphContract, plan_contract
-from mistral_trt.errors import ArtifactError
+from mistral_trt.errors import ArtifactError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
 from mistral_trt.export.graph import build_graph, graph_sha256
 from mistral_trt.export.weights import DATA_NAME, bind_weights, data_bytes, place_tensors, write_weights
@@ -45,7 +45,7 @@ def export_checkpoint(
         max_context=max_context,
     )
     note(describe(contract))
-    texts = source.text_files()
+    texts, generation = source.text_files(), generation_ids(source)
     placed = place_tensors(source.tensors, contract.cache_dtype)
     require_space(out, data_bytes(placed) + _SPARE_BYTES)
     with new_artifact(out) as folder:
@@ -69,7 +69,7 @@ def export_checkpoint(
                 "weights": [target.name for target in placed],
                 "weights_bytes": sum(target.bytes for target in placed),
                 "text_files": [path.name for path in texts],
-                "generation": generation_ids(source),
+                "generation": generation,
             },
         )
         manifest.write(folder)
@@ -91,22 +91,29 @@ def describe(contract: GraphContract) -> str:
 
 
 def generation_ids(source: Checkpoint) -> dict[str, Any]:
-    """Token ids that start and end a text: the union of what config and generation_config name."""
+    """Token ids that start and end a text: the union of what config and generation_config name.
+
+    Raises ConfigError for one that is not a token id.
+    """
     path = source.folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     ends: set[int] = set()
     for value in (source.raw_config.get("eos_token_id"), generation.get("eos_token_id")):
-        ends |= {value} if isinstance(value, int) else set(value or ())
+        ends |= set(_token_ids("eos_token_id", value))
     bos = generation.get("bos_token_id", source.raw_config.get("bos_token_id"))
-    return {"bos_token_id": bos, "eos_token_ids": sorted(ends)}
+    return {"bos_token_id": next(iter(_token_ids("bos_token_id", bos)), None), "eos_token_ids": sorted(ends)}
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"{name} must be a token id or a list of them, found {value!r}")
+    return ids
 
 
 def require_space(out: Path, needed_bytes: int) -> None:
     """Raise ArtifactError if the disk under `out` has less than `needed_bytes` free."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_disk_bytes(out)
     if free < needed_bytes:
         raise ArtifactError(
             f"{out} needs {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "

@@ -115,6 +115,7 @@ def _require_finite(name: str, before: torch.Tensor, after: torch.Tensor, dtype:
     found, largest = before.abs().max().item(), torch.finfo(after.dtype).max
     if not math.isfinite(found):
         raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+    wider = "fp32" if dtype == "bfloat16" else "bf16"
     raise CheckpointError(
-        f"{name} holds {found:.6g}, which overflows {dtype} (largest: {largest:g}); use --precision bf16"
+        f"{name} holds {found:.6g}, which overflows {dtype} (largest: {largest:g}); use --precision {wider}"
     )

@@ -6,7 +6,7 @@ for piece in engine.stream("The capital of France is"):
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Engine:
         *,
         messages: Sequence[Message] | None = None,
         allow_long: bool = False,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Produce a text piece by piece, from a prompt (text or token ids) or from chat messages.
 
         Raises GenerationError before the first piece if the request cannot be served, and
@@ -104,7 +104,7 @@ class Engine:
                     pass
         return [self._output(request) for request in requests]
 
-    def _stream(self, request: Request, allow_long: bool) -> Iterator[Piece]:
+    def _stream(self, request: Request, allow_long: bool) -> Generator[Piece]:
         decoder = self._tokenizer.decoder(request.prompt) if self._tokenizer else None
         with self._lock:
             for _, token in run_requests(self.cache, [request], allow_long=allow_long):
@@ -153,7 +153,7 @@ def open_cache(folder: Path, *, threads: int | None = None, trust_weights: bool 
 
 def _open_backend(folder: Path, manifest: Manifest, threads: int | None) -> RollingCache:
     if manifest.stage == "engine":
-        gpu = manifest.details.get("gpu", "a GPU")
+        gpu = manifest.details.get("gpu_name", "a GPU")
         raise EngineMismatchError(
             f"{folder} holds a TensorRT engine for {gpu}; this version builds and checks engines but does "
             "not execute them. Run the ONNX folder it was built from, or the engine with TensorRT's own tools"

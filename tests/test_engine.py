@@ -177,7 +177,7 @@ def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path
 
 def test_an_engine_folder_says_what_to_run_instead(folder: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"stage": "engine", "files": {}, "details": {"gpu": "NVIDIA A10G"}}
+    manifest |= {"stage": "engine", "files": {}, "details": {"gpu_name": "NVIDIA A10G"}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert read_manifest(tmp_path).stage == "engine"
     with pytest.raises(EngineMismatchError, match=r"TensorRT engine for NVIDIA A10G.*Run the ONNX folder"):

@@ -5,6 +5,7 @@ manifest, the last file, is on disk. A killed run leaves a hidden folder that th
 """
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -23,6 +24,14 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "mistral-trt"
 
 
+def free_disk_bytes(out: Path) -> int:
+    """Free bytes where `out`, which need not exist yet, will be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 @contextmanager
 def new_artifact(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` if the block ends well and vanishes if it does not.
@@ -38,11 +47,8 @@ def new_artifact(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     except OSError as error:
         raise ArtifactError(f"cannot make {out.parent}: {error.strerror}; choose another --out") from error
     with _lock(out):
-        for stale in out.parent.glob(f".{out.name}.partial-*"):
-            shutil.rmtree(stale)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial = _empty_partial(out)
         try:
-            partial.chmod(0o755)
             yield partial
             if not (partial / marker).is_file():
                 raise ArtifactError(f"{out}: nothing wrote a {marker}")
@@ -78,10 +84,30 @@ def _refuse_foreign(out: Path, marker: str) -> None:
         )
 
 
+def _empty_partial(out: Path) -> Path:
+    """A new hidden folder beside `out`; those that killed runs left are removed."""
+    try:
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write in {out.parent}: {error.strerror}; choose another --out"
+        ) from error
+    return partial
+
+
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     path = out.parent / f".{out.name}.lock"
-    with path.open("w") as file:
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write in {out.parent}: {error.strerror}; choose another --out"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -101,7 +127,7 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    retired = partial.with_name(partial.name.replace("partial", "partial-old"))
+    retired = partial.with_name(f"{partial.name}-old")
     if out.exists():
         out.rename(retired)
     partial.rename(out)

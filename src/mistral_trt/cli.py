@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a validation gate failed, 2 anything that stopped the com
 """
 
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -46,6 +47,7 @@ def run(command: str, arguments: list[str]) -> int:
     module, function, _ = COMMANDS[command]
     try:
         status: int = getattr(load(module), function)(arguments)
+        sys.stdout.flush()
         return status
     except MistralTrtError as error:
         print(f"mistral-trt {command}: {error}", file=sys.stderr)
@@ -53,8 +55,8 @@ def run(command: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nmistral-trt {command}: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # `| head` has read enough; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 

@@ -154,7 +154,7 @@ def _refuse_mixed_layers(raw: Mapping[str, Any]) -> None:
         return
     windowed = raw.get("sliding_window") is not None
     expected = "sliding_attention" if windowed else "full_attention"
-    if not isinstance(layer_types, list) or set(layer_types) != {expected}:
+    if not isinstance(layer_types, list) or not layer_types or any(kind != expected for kind in layer_types):
         raise ConfigError(
             f"config.json: layer_types must all be {expected!r} here, found {layer_types!r} "
             "(layers with different windows are not supported)"
@@ -165,7 +165,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     """`rope_theta`, from the top level or from transformers 5's `rope_parameters`."""
     parameters = raw.get("rope_parameters")
     if parameters is None:
-        return float(_number("rope_theta", _required(raw, "rope_theta")))
+        return _number("rope_theta", _required(raw, "rope_theta"))
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be an object, found {parameters!r}")
     rope_type = parameters.get("rope_type", "default")
@@ -175,7 +175,7 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
             f"config.json: rope_parameters = {dict(parameters)!r} is not supported "
             "(scaled rotary embeddings); expected rope_type 'default' and rope_theta"
         )
-    theta = float(_number("rope_theta", _required(parameters, "rope_theta")))
+    theta = _number("rope_theta", _required(parameters, "rope_theta"))
     top = raw.get("rope_theta")
     if top is not None and top != theta:
         raise ConfigError(f"config.json: rope_theta is {top!r} at the top and {theta!r} in rope_parameters")
@@ -191,7 +191,10 @@ def _required(raw: Mapping[str, Any], key: str) -> Any:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"config.json: {name} must be a number, found {value!r}")
-    return value
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"config.json: {name} must be a number, found one past float's range") from error
 
 
 def _require_positive_number(name: str, value: Any) -> None:

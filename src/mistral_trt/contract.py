@@ -36,6 +36,12 @@ POSITION_LIMIT = 2**24
 """float32 no longer counts every integer past here."""
 
 
+def require_positive(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, found {value!r}")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of the graph. `shape` holds dimension letters and fixed sizes."""
@@ -54,9 +60,7 @@ class Ring:
 
     def __post_init__(self) -> None:
         for name in ("sliding_window", "prefill_chunk"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, found {value!r}")
+            require_positive(name, getattr(self, name))
 
     @property
     def capacity(self) -> int:
@@ -100,10 +104,9 @@ class GraphContract:
     def __post_init__(self) -> None:
         if self.precision not in CACHE_DTYPES:
             raise ConfigError(f"precision must be one of {sorted(CACHE_DTYPES)}, found {self.precision!r}")
-        if isinstance(self.max_batch_size, bool) or self.max_batch_size < 1:
-            raise ConfigError(f"max_batch_size must be at least 1, found {self.max_batch_size!r}")
-        if self.max_context is not None and self.max_context < 1:
-            raise ConfigError(f"max_context must be at least 1, found {self.max_context!r}")
+        require_positive("max_batch_size", self.max_batch_size)
+        if self.max_context is not None:
+            require_positive("max_context", self.max_context)
 
     @property
     def cache_dtype(self) -> str:
@@ -226,6 +229,8 @@ def plan_contract(
     Without a window the ring holds max_context positions (default min(8192, max_position_embeddings)) and
     never wraps; with one, a max_context below it shortens the ring.
     """
+    if max_context is not None:
+        require_positive("max_context", max_context)
     window = config.sliding_window if sliding_window is None else sliding_window
     if window is None:
         limit = min(8192, config.max_position_embeddings) if max_context is None else max_context

@@ -23,7 +23,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("ring", f"W={ring.sliding_window} C={ring.prefill_chunk} R={ring.capacity}; {end}"),
         ("rows", f"{contract.max_batch_size}, {contract.ring_bytes_per_row / 1e6:.1f} MB of ring each"),
     ]
-    for key in ("name", "gpu", "compute_capability", "flavor", "flavor_version", "weights", "graph_sha256"):
+    for key in ("name", "gpu_name", "compute_capability", "flavor", "tensorrt", "weights", "graph_sha256"):
         if isinstance(details.get(key), str):
             rows.append((key.replace("_", " "), details[key]))
     rows += [(f"from {stage}", sha256) for stage, sha256 in manifest.sources.items()]

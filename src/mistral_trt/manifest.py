@@ -69,6 +69,9 @@ class Manifest:
         for name in self.files:
             if not is_plain_name(name):
                 raise ManifestError(f"manifest: {name!r} is not a plain file name")
+        for field in ("sources", "versions", "details"):
+            if not isinstance(getattr(self, field), Mapping):
+                raise ManifestError(f"manifest: {field} must be an object, found {getattr(self, field)!r}")
 
     @property
     def config(self) -> ModelConfig:
@@ -157,7 +160,7 @@ def is_plain_name(name: str) -> bool:
 def _parse(path: Path, repair: str) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ManifestError(
             f"{path} cannot be read as JSON ({error}); make it again with: {repair}"
         ) from error

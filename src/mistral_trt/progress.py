@@ -65,7 +65,7 @@ def _plain_lines(title: str, total: int, unit: str) -> Iterator[Advance]:
         nonlocal done, last
         done += n
         now = time.monotonic()
-        if now - last > _PLAIN_INTERVAL_S:
+        if done < total and now - last > _PLAIN_INTERVAL_S:
             last = now
             note(f"{title}: {amount(done)} of {amount(total)}, {now - started:.0f} s")
 

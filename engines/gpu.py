@@ -1,0 +1,165 @@
+"""GPU data files → targets an engine can be built for, and what each can run.
+
+A GPU is a file `gpus/<key>.toml`; adding one is adding a file. Tables here speak of compute
+capabilities only, never of a single GPU.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+
+from mistral_trt.errors import BuildError, GpuError
+
+CATALOGUE = Path(__file__).parent / "gpus"
+SEGMENTS = ("data centre", "GeForce")
+
+_FIGURES = ("memory_gb", "memory_bandwidth_gb_per_s", "fp16_tflops", "int8_tops", "fp8_tflops")
+
+RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX's builder accepts (its `ComputeCapability` enum; a test compares them)."""
+
+RTX_LISTED = ("7.5", "8.6", "8.9", "12.0", "12.1")
+"""docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix 1.5; its examples are all GeForce boards."""
+
+_LOWEST_CAPABILITY = {"fp16": "7.5", "bf16": "8.0"}
+"""Precision → first compute capability that runs it. INT8, INT4 and FP8 are added here with their export."""
+
+_UNBUILDABLE = {
+    "fp32": "TensorRT has no fused float32 attention, on any GPU; fp32 runs in ONNX Runtime",
+}
+
+
+class RtxSupport(Enum):
+    """What TensorRT-RTX is to a GPU."""
+
+    LISTED = "listed by NVIDIA"
+    UNLISTED = "builds, not listed"
+    IMPOSSIBLE = "impossible"
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """One GPU an engine can be built for. Figures are peaks, dense; gigabytes are decimal.
+
+    aliases: other names, among them what nvidia-smi prints.  sources: figure → where it was read.
+    """
+
+    key: str
+    name: str
+    aliases: tuple[str, ...]
+    segment: str
+    compute_capability: str
+    memory_gb: float
+    memory_bandwidth_gb_per_s: float
+    fp16_tflops: float
+    int8_tops: float
+    sources: Mapping[str, str] = field(repr=False)
+    fp8_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d+\.\d", self.compute_capability):
+            raise GpuError(
+                f'{self.key}: compute_capability must look like "8.6", found {self.compute_capability!r}'
+            )
+        if self.segment not in SEGMENTS:
+            raise GpuError(f"{self.key}: segment must be one of {list(SEGMENTS)}, found {self.segment!r}")
+        if not isinstance(self.name, str) or not all(isinstance(alias, str) for alias in self.aliases):
+            raise GpuError(f"{self.key}: name and aliases must be strings")
+        for name in _FIGURES:
+            value = getattr(self, name)
+            if value is None and name == "fp8_tflops":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise GpuError(f"{self.key}: {name} must be a positive number, found {value!r}")
+            if not self.sources.get(name):
+                raise GpuError(f"{self.key}: {name} has no entry in [sources]")
+        if not self.sources.get("compute_capability"):
+            raise GpuError(f"{self.key}: compute_capability has no entry in [sources]")
+
+    @property
+    def sm(self) -> str:
+        """TensorRT's name for it: compute capability 8.6 is SM86."""
+        return "SM" + self.compute_capability.replace(".", "")
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * 1e9)
+
+    @property
+    def rtx_support(self) -> RtxSupport:
+        """What TensorRT-RTX is to this GPU. Data-centre boards build, but no list of NVIDIA's names one."""
+        if self.compute_capability not in RTX_TARGETS:
+            return RtxSupport.IMPOSSIBLE
+        if self.segment == "GeForce" and self.compute_capability in RTX_LISTED:
+            return RtxSupport.LISTED
+        return RtxSupport.UNLISTED
+
+    def answers_to(self, name: str) -> bool:
+        """Whether `name` is this GPU's key, name or an alias; case does not matter."""
+        return _plain(name) in {_plain(known) for known in (self.key, self.name, *self.aliases)}
+
+
+def load_catalogue(folder: Path = CATALOGUE) -> dict[str, GpuTarget]:
+    """Every GPU of the catalogue by key, oldest compute capability and slowest memory first."""
+    targets = [read_gpu(path) for path in folder.glob("*.toml")]
+    targets.sort(key=lambda t: (_number(t.compute_capability), t.memory_bandwidth_gb_per_s, t.key))
+    return {target.key: target for target in targets}
+
+
+def read_gpu(path: Path) -> GpuTarget:
+    """Read one data file. Raises GpuError naming the file and the field that is wrong."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise GpuError(f"{path} is not TOML: {error}") from error
+    known = {f.name for f in fields(GpuTarget)} - {"key"}
+    missing = sorted(known - set(data) - {"fp8_tflops"})
+    unknown = sorted(set(data) - known)
+    if missing or unknown:
+        raise GpuError(f"{path}: missing fields {missing}, unknown fields {unknown}")
+    if not isinstance(data["aliases"], list) or not isinstance(data["sources"], dict):
+        raise GpuError(f"{path}: aliases must be a list and sources a table")
+    return GpuTarget(**{**data, "key": path.stem, "aliases": tuple(data["aliases"])})
+
+
+def find_gpu(name: str, catalogue: Mapping[str, GpuTarget] | None = None) -> GpuTarget:
+    """The GPU of that key, name or alias. Raises GpuError listing the known keys."""
+    catalogue = load_catalogue() if catalogue is None else catalogue
+    if _plain(name) in catalogue:
+        return catalogue[_plain(name)]
+    found = [target for target in catalogue.values() if target.answers_to(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise GpuError(f"GPU {name!r} is ambiguous: say {' or '.join(target.key for target in found)}")
+    raise GpuError(f"unknown GPU {name!r}; known are {', '.join(sorted(catalogue))}")
+
+
+def check_precision(gpu: GpuTarget, precision: str) -> None:
+    """Raise if an engine of this precision cannot be built (BuildError) or not for this GPU (GpuError)."""
+    if precision in _UNBUILDABLE:
+        raise BuildError(
+            f"an engine cannot be built in {precision}: {_UNBUILDABLE[precision]}; "
+            f"export with --precision {' or '.join(_LOWEST_CAPABILITY)}"
+        )
+    usable = [
+        name
+        for name, lowest in _LOWEST_CAPABILITY.items()
+        if _number(lowest) <= _number(gpu.compute_capability)
+    ]
+    if precision not in usable:
+        raise GpuError(
+            f"{gpu.name} (compute capability {gpu.compute_capability}) cannot run {precision}, which needs "
+            f"{_LOWEST_CAPABILITY[precision]} or later; export with --precision {' or '.join(usable)}"
+        )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _number(compute_capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in compute_capability.split("."))

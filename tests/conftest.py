@@ -1,0 +1,83 @@
+"""Fixtures for all tests: tiny seeded checkpoints and their ONNX folders, each made once a session.
+
+What the factories return is shared: a test that alters a folder copies it first (`shutil.copytree`).
+Torch and transformers are imported where they are needed, so that a test without them starts at once.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+Folder = Callable[..., Path]
+
+_EXPORT_DEFAULTS: dict[str, object] = {
+    "precision": "fp32",
+    "prefill_chunk": 4,
+    "max_batch_size": 4,
+    "max_context": None,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """tiny_checkpoint(seed=0, dtype="float32", **config) -> a Hugging Face checkpoint folder.
+
+    config: any key of `config.json`, over the defaults of `tests.models.write_checkpoint` (2 layers, W = 8).
+    Each set of arguments is written once a session.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from tests.models import write_checkpoint
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    made: dict[str, Path] = {}
+
+    def checkpoint(**overrides: object) -> Path:
+        key = json.dumps(overrides, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+            made[key] = write_checkpoint(folder, **overrides)  # type: ignore[arg-type]
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folder) -> Folder:
+    """onnx_folder(precision="fp32", prefill_chunk=4, max_batch_size=4, max_context=None, **checkpoint)
+
+    -> the ONNX folder of `tiny_checkpoint(**checkpoint)`, exported for real. `sliding_window` is the
+    checkpoint's. Each set of arguments is exported once a session (2 s with one layer, 4 s with two), so
+    tests that can share arguments should: the defaults are W = 8, C = 4, R = 12, fp32.
+    """
+    from mistral_trt.export.onnx_folder import export_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def folder(**arguments: object) -> Path:
+        options = {name: arguments.pop(name, default) for name, default in _EXPORT_DEFAULTS.items()}
+        key = json.dumps([options, arguments], sort_keys=True)
+        if key not in made:
+            out = tmp_path_factory.mktemp("onnx") / "tiny"
+            export_checkpoint(tiny_checkpoint(**arguments), out, **options)  # type: ignore[arg-type]
+            made[key] = out
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """Undo `log_to_stderr`: its handler holds the stderr of the test that called it."""
+    log = logging.getLogger("mistral_trt")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers[:] = handlers
+    log.setLevel(level)

@@ -1,0 +1,697 @@
+"""Engine builds: the strict log, the checks before a build with proof that each can fail, real plans."""
+
+import io
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.engines import build as build_module
+from mistral_trt.engines import network as network_module
+from mistral_trt.engines.__main__ import build as build_command
+from mistral_trt.engines.build import build_engine, build_plan, builder_config, require_clean
+from mistral_trt.engines.callbacks import BuilderLog, PhaseTree, PlanSink, make_logger
+from mistral_trt.engines.compiled import compiled_summary
+from mistral_trt.engines.flavor import RTX
+from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.network import (
+    ParsedNetwork,
+    add_profiles,
+    attend_ring_itself,
+    attentions,
+    audit,
+    check_operators,
+    one_line,
+    parse_network,
+)
+from mistral_trt.errors import ArtifactError, BuildError, ManifestError
+from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
+from tests.models import write_checkpoint
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+Mutation = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """precision → ONNX folder of a tiny model with the demo model's heads (9 of 64, 3 of them kept)."""
+    root = tmp_path_factory.mktemp("build")
+    checkpoint = write_checkpoint(
+        root / "checkpoint", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
+    )
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+
+    def folder(precision: str) -> Path:
+        path = root / precision
+        if not path.exists():
+            export_checkpoint(checkpoint, path, precision=precision, prefill_chunk=4, max_batch_size=2)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp16(folders: Callable[[str], Path]) -> Path:
+    return folders("fp16")
+
+
+@pytest.fixture(scope="module")
+def contract(fp16: Path) -> GraphContract:
+    return read_manifest(fp16).contract
+
+
+@pytest.fixture
+def mutated(fp16: Path, tmp_path: Path) -> Callable[[Mutation], Path]:
+    """Change the graph of the ONNX folder and give the path of the changed file."""
+
+    def mutate(mutation: Mutation) -> Path:
+        model = onnx.load(fp16 / "model.onnx")  # weights and all, so that it can stand alone
+        mutation(model)
+        onnx.save(model, tmp_path / "mutated.onnx")
+        return tmp_path / "mutated.onnx"
+
+    return mutate
+
+
+def parse(path: Path, contract: GraphContract) -> ParsedNetwork:
+    log = BuilderLog()
+    return parse_network(trt, path, contract, make_logger(trt, log), log)
+
+
+def nodes(model: onnx.ModelProto, operator: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == operator]
+
+
+# --- what the graph must be -----------------------------------------------------------------------------
+
+
+def test_the_exported_graph_passes_and_its_layers_are_counted(fp16: Path, contract: GraphContract) -> None:
+    parsed = parse(fp16 / "model.onnx", contract)
+    assert parsed.layers["KV_CACHE_UPDATE"] == 4
+    assert parsed.layers["ATTENTION_INPUT"] == 2
+    assert parsed.layers["ROTARY_EMBEDDING"] == 4
+
+
+def test_attention_reads_the_ring_and_not_a_product_of_it(fp16: Path, contract: GraphContract) -> None:
+    parsed = parse(fp16 / "model.onnx", contract)
+    keys = [attention.get_input(1).name for attention in attentions(trt, parsed.network)]
+    assert keys == ["present.0.key", "present.1.key"]
+
+
+def add_ignored_lengths(model: onnx.ModelProto) -> None:
+    """`nonpad_kv_seqlen`, from an initializer: TensorRT drops it without a single line of log."""
+    model.graph.initializer.append(helper.make_tensor("lengths", TensorProto.INT64, [1], [3]))
+    nodes(model, "Attention")[1].input.extend(["", "", "lengths"])
+
+
+def drop_mask(model: onnx.ModelProto) -> None:
+    del nodes(model, "Attention")[0].input[3]
+
+
+def add_causality(model: onnx.ModelProto) -> None:
+    nodes(model, "Attention")[0].attribute.append(helper.make_attribute("is_causal", 1))
+
+
+def halve_scale(model: onnx.ModelProto) -> None:
+    next(a for a in nodes(model, "Attention")[0].attribute if a.name == "scale").f = 0.5
+
+
+def make_circular(model: onnx.ModelProto) -> None:
+    next(a for a in nodes(model, "TensorScatter")[1].attribute if a.name == "mode").s = b"circular"
+
+
+@pytest.mark.parametrize(
+    ("mutation", "message"),
+    [
+        (
+            add_ignored_lengths,
+            r"layers.1.self_attn/Attention: Attention must have its first 4 inputs and no other, "
+            r"found inputs \[0, 1, 2, 3, 6\]; TensorRT would ignore the rest",
+        ),
+        (drop_mask, r"layers.0.self_attn/Attention: .* found inputs \[0, 1, 2\]"),
+        (add_causality, "layers.0.self_attn/Attention: Attention with is_causal = 1 is not what"),
+        (halve_scale, "layers.0.self_attn/Attention: Attention with scale = 0.5 is not what"),
+        (
+            make_circular,
+            "layers.0.self_attn/TensorScatter_1: TensorScatter with mode = b'circular' is not what",
+        ),
+    ],
+)
+def test_an_operator_in_another_form_is_refused(
+    mutated: Callable[[Mutation], Path], contract: GraphContract, mutation: Mutation, message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        parse(mutated(mutation), contract)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "message"),
+    [
+        (
+            add_causality,
+            "cannot read .*: node 'model.layers.0.self_attn/Attention' .*Option mask cannot be used",
+        ),
+        (make_circular, "node 'model.layers.0.self_attn/TensorScatter_1' .*Only linear mode is supported"),
+    ],
+)
+def test_a_graph_tensorrt_refuses_names_the_node(
+    mutated: Callable[[Mutation], Path],
+    contract: GraphContract,
+    monkeypatch: pytest.MonkeyPatch,
+    mutation: Mutation,
+    message: str,
+) -> None:
+    monkeypatch.setattr(network_module, "check_operators", lambda path: None)
+    with pytest.raises(BuildError, match=message) as error:
+        parse(mutated(mutation), contract)
+    assert "\n" not in str(error.value)
+    assert "cudaError" not in str(error.value)
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, contract: GraphContract) -> None:
+    onnx.save(helper.make_model(helper.make_graph([], "empty", [], [])), tmp_path / "empty.onnx")
+    with pytest.raises(BuildError, match=r"network input: expected|must have 7 inputs, found 0|cannot read"):
+        parse(tmp_path / "empty.onnx", contract)
+
+
+def cross_rings(model: onnx.ModelProto) -> None:
+    """Layer 0 writes layer 1's ring and the other way round; TensorRT builds it without complaint."""
+    first, second = nodes(model, "TensorScatter")[0::2]
+    first.input[0], second.input[0] = second.input[0], first.input[0]
+
+
+def write_a_copy(model: onnx.ModelProto) -> None:
+    """The first ring is written after a copy, so the write is not in place."""
+    scatter = nodes(model, "TensorScatter")[0]
+    copy = helper.make_node("Identity", [scatter.input[0]], ["copy"], name="copy")
+    scatter.input[0] = "copy"
+    model.graph.node.insert(0, copy)
+
+
+def present_is_not_the_write(model: onnx.ModelProto) -> None:
+    """`present.0.key` is computed from the written ring instead of being it."""
+    scatter = nodes(model, "TensorScatter")[0]
+    scatter.output[0] = "written"
+    model.graph.node.append(helper.make_node("Add", ["written", "written"], ["present.0.key"], name="twice"))
+    for node in nodes(model, "Attention"):
+        node.input[1] = node.input[1].replace("present.0.key", "written")
+
+
+def attend_the_other_layer(model: onnx.ModelProto) -> None:
+    first, second = nodes(model, "Attention")
+    first.input[1] = "present.0.value"
+    assert second.input[1] == "present.1.key"
+
+
+def attend_the_keys_as_values(model: onnx.ModelProto) -> None:
+    nodes(model, "Attention")[1].input[2] = "present.1.key"
+
+
+def add_unused_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, [1]))
+
+
+def rename_logits(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
+
+
+def remove_an_attention(model: onnx.ModelProto) -> None:
+    attention = nodes(model, "Attention")[1]
+    index = list(model.graph.node).index(attention)
+    copy = helper.make_node("Identity", [attention.input[0]], [attention.output[0]], name="gone")
+    del model.graph.node[index]
+    model.graph.node.insert(index, copy)
+
+
+def remove_a_write(model: onnx.ModelProto) -> None:
+    """The last ring goes through untouched."""
+    scatter = nodes(model, "TensorScatter")[3]
+    index = list(model.graph.node).index(scatter)
+    copy = helper.make_node("Identity", [scatter.input[0]], [scatter.output[0]], name="gone")
+    del model.graph.node[index]
+    model.graph.node.insert(index, copy)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "message"),
+    [
+        (
+            cross_rings,
+            "ring write: expected past_key_values.0.key -> present.0.key, found .*0.key -> present.1",
+        ),
+        (
+            write_a_copy,
+            "ring write: expected past_key_values.0.key -> present.0.key, found copy -> present.0.key",
+        ),
+        (present_is_not_the_write, "layers.0.self_attn/Attention: expected the keys to be 'present.0.key'"),
+        (
+            attend_the_other_layer,
+            "layers.0.self_attn/Attention: expected the keys to be 'present.0.key', found",
+        ),
+        (
+            attend_the_keys_as_values,
+            "layers.1.self_attn/Attention: expected to attend present.1.value, found",
+        ),
+        (add_unused_input, r"must have 7 inputs, found 8; not in the contract: \['extra'\]"),
+        (rename_logits, r"network output: expected \('logits', 'FLOAT', .*, found \('scores'"),
+        (remove_an_attention, "the network must hold 2 attentions, found 1"),
+        (remove_a_write, "the network must write 4 rings, found 3 writes"),
+    ],
+)
+def test_a_network_that_is_not_the_contracts_is_refused(
+    mutated: Callable[[Mutation], Path], contract: GraphContract, mutation: Mutation, message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        parse(mutated(mutation), contract)
+
+
+def test_a_graph_of_another_contract_is_refused(fp16: Path, contract: GraphContract) -> None:
+    other = replace(contract, ring=Ring(contract.ring.sliding_window, 2))
+    with pytest.raises(
+        BuildError, match=r"network input: expected \('past_key_values.0.key', 'HALF', .*10, 64"
+    ):
+        parse(fp16 / "model.onnx", other)
+    with pytest.raises(BuildError, match=r"expected \('past_key_values.0.key', 'BF16', .*found .*'HALF'"):
+        parse(fp16 / "model.onnx", replace(contract, precision="bf16"))
+
+
+def test_an_attention_that_may_be_decomposed_is_refused(fp16: Path, contract: GraphContract) -> None:
+    parsed = parse(fp16 / "model.onnx", contract)
+    attentions(trt, parsed.network)[1].decomposable = True
+    with pytest.raises(BuildError, match=r"layers.1.self_attn/Attention: may be decomposed"):
+        audit(trt, parsed.network, contract)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": None}, "has no mask"),
+        ({"causal_kind": trt.CausalMaskKind.UPPER_LEFT}, "has a causal mask"),
+        ({"norm_op": trt.AttentionNormalizationOp.NONE}, "does not normalise with a softmax"),
+        ({"key_value_lengths": object()}, "has key_value_lengths"),
+        ({"query_lengths": object()}, "has query_lengths"),
+    ],
+)
+def test_each_fault_of_an_attention_is_found(change: dict[str, Any], message: str) -> None:
+    sound = {
+        "decomposable": False,
+        "mask": object(),
+        "causal_kind": trt.CausalMaskKind.NONE,
+        "norm_op": trt.AttentionNormalizationOp.SOFTMAX,
+        "key_value_lengths": None,
+        "query_lengths": None,
+    }
+    faults = network_module._attention_faults(trt, SimpleNamespace(**{**sound, **change}))
+    assert [what for wrong, what in faults if wrong] == [
+        what for _, what in faults if what.startswith(message)
+    ]
+    assert not any(wrong for wrong, _ in network_module._attention_faults(trt, SimpleNamespace(**sound)))
+
+
+def test_a_ring_tensorrt_does_not_take_as_keys(
+    contract: GraphContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = SimpleNamespace(name="present.0.key")
+    product = SimpleNamespace(get_input=lambda index: ring)
+    attention = SimpleNamespace(
+        name="a",
+        get_input=lambda index: SimpleNamespace(name="product"),
+        set_input=lambda index, tensor: False,
+    )
+    monkeypatch.setattr(network_module, "attentions", lambda trt, network: [attention])
+    monkeypatch.setattr(network_module, "_producers", lambda network: {"product": product})
+    monkeypatch.setattr(network_module, "_is_product", lambda trt, layer: True)
+    with pytest.raises(BuildError, match=r"a: TensorRT does not take 'present.0.key' as keys"):
+        attend_ring_itself(trt, None, contract)
+
+
+def test_profiles_are_the_contracts_in_its_order(fp16: Path, contract: GraphContract) -> None:
+    parsed = parse(fp16 / "model.onnx", contract)
+    config = builder_config(trt, parsed.builder, contract, find_gpu("l4"), RTX)
+    assert config.num_optimization_profiles == 2
+    assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+
+
+def test_a_refused_profile_is_named(contract: GraphContract) -> None:
+    builder = SimpleNamespace(
+        create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *shapes: None)
+    )
+    config = SimpleNamespace(add_optimization_profile=lambda profile: -1)
+    with pytest.raises(BuildError, match="TensorRT refuses the optimization profile 'decode'"):
+        add_profiles(builder, config, contract)
+
+
+def test_a_target_the_builder_does_not_know(contract: GraphContract, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "add_profiles", lambda builder, config, contract: None)
+    config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
+    builder = SimpleNamespace(create_builder_config=lambda: config)
+    with pytest.raises(BuildError, match=r"tensorrt-rtx .* does not take SM86 as a target"):
+        builder_config(trt, builder, contract, find_gpu("a10g"), RTX)
+
+
+# --- what TensorRT says while it builds -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("severity", "message", "problem"),
+    [
+        ("ERROR", "anything", True),
+        ("INTERNAL_ERROR", "anything", True),
+        ("WARNING", "Unused Input: lengths", True),
+        ("VERBOSE", "Unused Input: lengths", True),
+        ("WARNING", "anything", False),
+        ("INFO", "anything", False),
+        ("VERBOSE", "Disabling unused tactic source: JIT_CONVOLUTIONS", False),
+    ],
+)
+def test_which_lines_fail_a_build(severity: str, message: str, problem: bool) -> None:
+    log = BuilderLog()
+    log.add(severity, message)
+    assert bool(log.problems) == problem
+    if problem:
+        with pytest.raises(BuildError, match=f"did not build cleanly: {message}"):
+            require_clean(True, log, PlanSink(io.BytesIO(), threading.Event()))
+
+
+def test_warnings_are_passed_on_but_for_the_usual_one(caplog: pytest.LogCaptureFixture) -> None:
+    log = BuilderLog()
+    log.add("WARNING", "something odd")
+    log.add("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.")
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT: something odd"]
+
+
+def test_no_plan_and_no_reason() -> None:
+    with pytest.raises(BuildError, match="TensorRT built no plan and gave no reason"):
+        require_clean(False, BuilderLog(), PlanSink(io.BytesIO(), threading.Event()))
+
+
+def test_a_message_becomes_one_line() -> None:
+    driver = "[checkMacros.cpp::catchCudaError::250] (cudaError 35: driver)"
+    assert one_line(f"first\n  second\n\n{driver}") == "first; second"
+    assert one_line(driver) == driver
+
+
+def test_progress_follows_the_phases_and_never_falls() -> None:
+    steps: list[int] = []
+    phases = PhaseTree(steps.append)
+    phases.start("build", None, 2)
+    phases.start("inner", "build", 2)
+    phases.step("inner")
+    assert sum(steps) == 25
+    phases.step("inner")
+    phases.end("inner")
+    phases.step("build")
+    assert sum(steps) == 50
+    phases.start("inner", "build", 4)
+    phases.step("inner")
+    assert sum(steps) == 62
+    phases.step("never started")
+    phases.end("inner")
+    phases.step("build")
+    assert sum(steps) == 99  # the plan is still to be written
+    phases.finish()
+    assert sum(steps) == 100
+    assert min(steps) > 0
+
+
+def test_the_sink_hashes_what_it_writes(tmp_path: Path) -> None:
+    with (tmp_path / "plan").open("wb") as file:
+        sink = PlanSink(file, threading.Event())
+        assert [sink.write(b"abc"), sink.write(b"defg")] == [3, 4]
+    assert sink.digest.hexdigest() == sha256_file(tmp_path / "plan")
+
+
+def test_the_sink_stops_when_cancelled_or_full(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    with (tmp_path / "plan").open("wb") as file:
+        sink = PlanSink(file, cancel)
+        cancel.set()
+        assert sink.write(b"abc") == 0
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        sink = PlanSink(file, threading.Event())
+        assert [sink.write(b"abc"), sink.write(b"abc")] == [0, 0]
+    with pytest.raises(OSError, match="No space left"):
+        require_clean(False, BuilderLog(), sink)
+
+
+def kernel(name: str, inputs: list[str], outputs: list[str]) -> str:
+    def tensors(names: list[str]) -> str:
+        return ", ".join(f"{{ Name: {n}, Dimensions: [-1,3], Strides: [3,1] }}" for n in names)
+
+    return (
+        f"Name: {name}, LayerType: kgen, Inputs: [ {tensors(inputs)}], Constants: [], "
+        f"Outputs: [ {tensors(outputs)}], TacticName: t, StreamId: 0, Metadata: "
+    )
+
+
+def test_the_report_of_a_compiled_plan(contract: GraphContract) -> None:
+    lines = [
+        kernel("_gemv_mha_v1_myl0_5", ["present.0.key", "q"], ["o"]),
+        kernel("__myl_Move_myl0_3", ["past_key_values.0.key"], ["present.0.key"]),
+        kernel("__myl_Move_myl1_3", ["past_key_values.1.value [profile 1]"], ["present.1.value [profile 1]"]),
+        kernel(
+            "__myl_Scat_myl1_4", ["past_key_values.0.key [profile 1]", "k"], ["present.0.key [profile 1]"]
+        ),
+        kernel("__myl_Move_myl1_5", ["past_key_values.0.key [profile 1]"], ["present.0.value [profile 1]"]),
+        kernel("a kernel of no profile", [], []),
+    ]
+    verbose = [
+        "Layers:\n" + "\n".join(lines) + "\n\nBindings: ",
+        "Total Activation Memory: 100 bytes",
+        "Total Activation Memory: 200 bytes",
+    ]
+    assert compiled_summary(verbose, contract) == {
+        "kernels": {"decode": 2, "prefill": 3},
+        "attention_kernels": {"decode": 1, "prefill": 0},
+        "ring_copies": {"decode": 1, "prefill": 1},
+        "activation_bytes": {"decode": 100, "prefill": 200},
+    }
+    assert compiled_summary(["something else"], contract) == {}
+
+
+# --- real builds ----------------------------------------------------------------------------------------
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
+def check_engine(folder: Path, onnx_dir: Path) -> Manifest:
+    """Read an engine folder back and check it against the ONNX folder it was made from."""
+    manifest, source = read_manifest(folder, "engine"), read_manifest(onnx_dir, "onnx")
+    assert set(manifest.files) == {"model.plan", "tokenizer.json", "chat_template.jinja"}
+    assert manifest.sources == {"onnx": manifest_sha256(onnx_dir), **source.sources}
+    assert manifest.contract == source.contract
+    assert manifest.files["tokenizer.json"] == source.files["tokenizer.json"]
+    assert manifest.details["generation"] == source.details["generation"]
+    assert manifest.details["graph_sha256"] == source.details["graph_sha256"]
+    assert manifest.details["network_layers"]["KV_CACHE_UPDATE"] == 4
+    assert manifest.files["model.plan"].bytes > manifest.details["predicted"]["weights_bytes"]
+    return manifest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "precision"), [("a10g", "fp16"), ("a10g", "bf16"), ("l4", "bf16"), ("t4", "fp16")]
+)
+def test_a_real_plan(folders: Callable[[str], Path], tmp_path: Path, gpu: str, precision: str) -> None:
+    onnx_dir, out = folders(precision), tmp_path / "engine"
+    assert build_engine(onnx_dir, gpu, out) == check_engine(out, onnx_dir)
+    assert leftovers(tmp_path) == ["engine"]
+
+
+@pytest.mark.slow
+def test_what_the_manifest_of_a_real_plan_says(fp16: Path, tmp_path: Path) -> None:
+    details = build_engine(fp16, "NVIDIA A10G", tmp_path / "engine", flavor="tensorrt-rtx").details
+    assert (details["gpu"], details["gpu_name"]) == ("a10g", "NVIDIA A10G")
+    assert (details["compute_capability"], details["flavor"]) == ("8.6", "tensorrt-rtx")
+    assert (details["tensorrt"], details["weights"]) == (trt.__version__, "embedded")
+    compiled = details["compiled"]
+    assert compiled["attention_kernels"] == {"decode": 2, "prefill": 2}
+    assert compiled["ring_copies"] == {"decode": 0, "prefill": 0}
+
+
+@pytest.mark.slow
+def test_two_builds_differ_in_nothing_but_the_plans_hash(fp16: Path, tmp_path: Path) -> None:
+    """TensorRT orders some lists of its plan by memory address: hashes differ, sizes do not."""
+    first, second = (build_engine(fp16, "l4", tmp_path / name) for name in "ab")
+    assert first.details == second.details
+    assert first.files["model.plan"].bytes == second.files["model.plan"].bytes
+
+
+@pytest.mark.slow
+def test_without_the_rewiring_every_layer_copies_its_key_ring(
+    fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(network_module, "attend_ring_itself", lambda trt, network, contract: None)
+    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    manifest = build_engine(fp16, "a10g", tmp_path / "engine")
+    assert manifest.details["compiled"]["ring_copies"] == {"decode": 2, "prefill": 2}
+    assert "the plan copies whole rings in every step" in caplog.text
+
+
+@pytest.mark.slow
+def test_heads_of_128_build_too(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", hidden_size=256, head_dim=128, num_attention_heads=4
+    )
+    export_checkpoint(checkpoint, tmp_path / "onnx", precision="fp16", prefill_chunk=4)
+    build_engine(tmp_path / "onnx", "l4", tmp_path / "engine")
+    read_manifest(tmp_path / "engine", "engine")
+
+
+@pytest.mark.slow
+def test_an_input_that_tensorrt_ignores_fails_the_build(
+    mutated: Callable[[Mutation], Path],
+    contract: GraphContract,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    with (
+        (tmp_path / "plan").open("wb") as file,
+        pytest.raises(BuildError, match="cleanly: Unused Input: extra"),
+    ):
+        build_plan(trt, mutated(add_unused_input), contract, find_gpu("a10g"), RTX, file)
+
+
+@pytest.mark.slow
+def test_a_failed_build_leaves_nothing(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "check_precision", lambda gpu, precision: None)
+    with pytest.raises(BuildError, match=r"did not build cleanly: .*sm75, because the model contains .*b16"):
+        build_engine(folders("bf16"), "t4", tmp_path / "engine")
+    with pytest.raises(BuildError, match="Attention operation was not supported by a dedicated kernel"):
+        build_engine(folders("fp32"), "a10g", tmp_path / "engine")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_reported_as_such(fp16: Path, contract: GraphContract) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, file)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Ctrl-C at the first step of TensorRT's build, from inside its callback."""
+    pressed = threading.Event()
+    step = PhaseTree.step
+
+    def press(phases: PhaseTree, name: str) -> None:
+        if not pressed.is_set():
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # the main thread takes the signal before this callback returns
+        step(phases, name)
+
+    monkeypatch.setattr(PhaseTree, "step", press)
+    yield pressed
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_build_cleanly(
+    fp16: Path, tmp_path: Path, interrupt: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(fp16, "a10g", tmp_path / "engine")
+    assert interrupt.is_set()
+    assert "stopping the build" in caplog.text
+    assert leftovers(tmp_path) == []
+
+
+# --- what is refused before a build ---------------------------------------------------------------------
+
+
+def test_fp32_is_refused_before_a_build(fp16: Path, tmp_path: Path) -> None:
+    folder = copy_folder(fp16, tmp_path / "onnx")
+    manifest = read_manifest(folder)
+    replace(manifest, contract=replace(manifest.contract, precision="fp32")).write(folder)
+    with pytest.raises(BuildError, match="an engine cannot be built in fp32"):
+        build_engine(folder, "a10g", tmp_path / "engine")
+
+
+def test_too_little_memory_is_refused_before_a_build(
+    fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 500_000_000)
+    with pytest.raises(BuildError, match=r"predicted: the build needs .* and 0.50 GB is available"):
+        build_engine(fp16, "a10g", tmp_path / "engine")
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_altered_weights_are_refused(fp16: Path, tmp_path: Path) -> None:
+    folder = copy_folder(fp16, tmp_path / "onnx")
+    weights = folder / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ManifestError, match=r"model.onnx.data was altered after it was made"):
+        build_engine(folder, "a10g", tmp_path / "engine")
+
+
+def test_an_onnx_manifest_without_what_the_engine_needs(fp16: Path, tmp_path: Path) -> None:
+    folder = copy_folder(fp16, tmp_path / "onnx")
+    manifest = read_manifest(folder)
+    details = {key: value for key, value in manifest.details.items() if key != "weights_bytes"}
+    replace(manifest, details=details).write(folder)
+    with pytest.raises(ManifestError, match="no 'weights_bytes' in its details; export the checkpoint again"):
+        build_engine(folder, "a10g", tmp_path / "engine")
+
+
+def test_text_files_that_are_not_of_the_folder_are_refused(fp16: Path, tmp_path: Path) -> None:
+    folder = copy_folder(fp16, tmp_path / "onnx")
+    manifest = read_manifest(folder)
+    replace(manifest, details={**manifest.details, "text_files": ["../secret"]}).write(folder)
+    with pytest.raises(ManifestError, match=r"text_files of the ONNX manifest .* files: \['../secret'\]"):
+        build_engine(folder, "a10g", tmp_path / "engine")
+
+
+def test_a_folder_in_the_way_is_not_replaced(fp16: Path, tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "mine.txt").write_text("keep")
+    with pytest.raises(ArtifactError, match="is not empty and holds no"):
+        build_engine(fp16, "a10g", tmp_path / "engine")
+    assert (tmp_path / "engine" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_folder_and_nothing_else(
+    fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "engine"
+    assert build_command([str(fp16), "--gpu", "a10g", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    check_engine(out, fp16)
+
+
+def test_a_flavor_the_command_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_command(["onnx", "--gpu", "a10g", "--out", "out", "--flavor", "trt"])
+    assert "invalid choice: 'trt'" in capsys.readouterr().err
+
+
+def test_check_operators_leaves_a_sound_graph_alone(fp16: Path) -> None:
+    check_operators(fp16 / "model.onnx")

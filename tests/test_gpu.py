@@ -1,0 +1,267 @@
+"""The GPU catalogue, what each GPU can run, and which TensorRT builds for it."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mistral_trt.engines import flavor as flavors
+from mistral_trt.engines.__main__ import gpus
+from mistral_trt.engines.flavor import FULL, RTX, Flavor, choose_flavor, local_gpus
+from mistral_trt.engines.gpu import (
+    RTX_TARGETS,
+    GpuTarget,
+    RtxSupport,
+    check_precision,
+    find_gpu,
+    load_catalogue,
+    read_gpu,
+)
+from mistral_trt.engines.table import gpu_table
+from mistral_trt.errors import BuildError, GpuError, MissingDependencyError
+
+KEYS = "a10 a100-40 a100-80 a10g h100 h200 l4 l40s rtx3090 rtx4090 rtx5090 t4".split()
+
+GOOD = """
+name = "NVIDIA Test"
+aliases = ["Tesla Test"]
+segment = "data centre"
+compute_capability = "8.6"
+memory_gb = 24
+memory_bandwidth_gb_per_s = 600
+fp16_tflops = 70
+int8_tops = 140
+
+[sources]
+compute_capability = "s"
+memory_gb = "s"
+memory_bandwidth_gb_per_s = "s"
+fp16_tflops = "s"
+int8_tops = "s"
+"""
+
+
+def gpu_file(folder: Path, text: str = GOOD, key: str = "test") -> Path:
+    path = folder / f"{key}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_catalogue_holds_the_gpus_of_the_readme() -> None:
+    assert sorted(load_catalogue()) == KEYS
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_gpu_answers_to_key_name_and_aliases_in_any_case(key: str) -> None:
+    target = load_catalogue()[key]
+    unambiguous = [alias for alias in target.aliases if alias != "a100"]
+    for name in (key, key.upper(), target.name, f" {target.name.lower()} ", *unambiguous):
+        assert find_gpu(name) == target
+
+
+def test_figures_are_those_of_the_datasheets() -> None:
+    a10g = find_gpu("a10g")
+    assert (a10g.name, a10g.compute_capability, a10g.sm) == ("NVIDIA A10G", "8.6", "SM86")
+    assert (a10g.memory_gb, a10g.memory_bandwidth_gb_per_s) == (24, 600)
+    assert (a10g.fp16_tflops, a10g.int8_tops, a10g.fp8_tflops) == (70, 140, None)
+    assert a10g.memory_bytes == 24_000_000_000
+
+
+def test_fp8_has_a_figure_exactly_where_the_hardware_has_it() -> None:
+    for gpu in load_catalogue().values():
+        assert (gpu.fp8_tflops is not None) == (float(gpu.compute_capability) >= 8.9), gpu.key
+
+
+def test_an_unknown_gpu_lists_the_known_ones_in_one_line() -> None:
+    with pytest.raises(GpuError) as error:
+        find_gpu("nosuch")
+    assert str(error.value) == f"unknown GPU 'nosuch'; known are {', '.join(KEYS)}"
+
+
+def test_an_ambiguous_name_asks_which() -> None:
+    with pytest.raises(GpuError, match="GPU 'A100' is ambiguous: say a100-40 or a100-80"):
+        find_gpu("A100")
+
+
+def test_adding_a_gpu_is_adding_a_file(tmp_path: Path) -> None:
+    gpu_file(tmp_path)
+    catalogue = load_catalogue(tmp_path)
+    assert find_gpu("tesla test", catalogue).key == "test"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "NVIDIA Test"', "name = ", "is not TOML"),
+        ("fp16_tflops = 70\n", "", r"missing fields \['fp16_tflops'\]"),
+        ("int8_tops = 140\n", "int8_tops = 140\nint4_tops = 280\n", r"unknown fields \['int4_tops'\]"),
+        ('aliases = ["Tesla Test"]', 'aliases = "Tesla Test"', "aliases must be a list"),
+        ('aliases = ["Tesla Test"]', "aliases = [4090]", "name and aliases must be strings"),
+        ('"8.6"', '"86"', "compute_capability must look like \"8.6\", found '86'"),
+        ('"data centre"', '"desktop"', "segment must be one of"),
+        ("memory_gb = 24", "memory_gb = 0", "memory_gb must be a positive number, found 0"),
+        ("memory_gb = 24", "memory_gb = true", "memory_gb must be a positive number, found True"),
+        ("int8_tops = 140", 'int8_tops = "140"', "int8_tops must be a positive number, found '140'"),
+        ('int8_tops = "s"\n', "", r"int8_tops has no entry in \[sources\]"),
+        ('compute_capability = "s"\n', "", r"compute_capability has no entry in \[sources\]"),
+    ],
+)
+def test_a_wrong_data_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(GpuError, match=message):
+        read_gpu(gpu_file(tmp_path, GOOD.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("key", "support"),
+    [
+        ("rtx3090", RtxSupport.LISTED),
+        ("rtx5090", RtxSupport.LISTED),
+        ("a10g", RtxSupport.UNLISTED),  # a data-centre board
+        ("a100-80", RtxSupport.UNLISTED),  # SM80 is in no list at all
+        ("h100", RtxSupport.IMPOSSIBLE),
+        ("h200", RtxSupport.IMPOSSIBLE),
+    ],
+)
+def test_what_tensorrt_rtx_is_to_a_gpu(key: str, support: RtxSupport) -> None:
+    assert find_gpu(key).rtx_support is support
+
+
+def test_the_targets_of_tensorrt_rtx_are_those_of_the_installed_builder() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    names = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    assert names == {"SM" + target.replace(".", "") for target in RTX_TARGETS}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_precisions_run_from_their_first_capability_on(precision: str) -> None:
+    for gpu in load_catalogue().values():
+        if (gpu.key, precision) != ("t4", "bf16"):
+            check_precision(gpu, precision)
+
+
+def test_bf16_is_refused_before_ampere() -> None:
+    with pytest.raises(
+        GpuError, match=r"NVIDIA T4 \(compute capability 7.5\) cannot run bf16.*precision fp16$"
+    ):
+        check_precision(find_gpu("t4"), "bf16")
+
+
+def test_fp32_is_refused_with_the_reason() -> None:
+    with pytest.raises(BuildError, match=r"cannot be built in fp32: TensorRT has no fused float32 attention"):
+        check_precision(find_gpu("a10g"), "fp32")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> "type[Machine]":
+    """A machine whose installed packages and GPUs a test sets."""
+    Machine.installed, Machine.gpus = {RTX.name}, []
+    monkeypatch.setattr(Flavor, "installed", property(lambda self: self.name in Machine.installed))
+    monkeypatch.setattr(flavors, "local_gpus", lambda: list(Machine.gpus))
+    return Machine
+
+
+class Machine:
+    installed: set[str]
+    gpus: list[str]
+
+
+def test_auto_takes_rtx_without_full_tensorrt(machine: type[Machine]) -> None:
+    machine.gpus = ["NVIDIA A10G"]
+    assert choose_flavor(find_gpu("a10g")) == RTX
+
+
+def test_auto_takes_full_tensorrt_on_the_target(machine: type[Machine]) -> None:
+    machine.installed, machine.gpus = {RTX.name, FULL.name}, ["NVIDIA H100 80GB HBM3"] * 8
+    assert choose_flavor(find_gpu("h100")) == FULL
+
+
+@pytest.mark.parametrize("here", [[], ["NVIDIA L4"], ["NVIDIA A10G", "NVIDIA L4"]])
+def test_auto_takes_rtx_where_full_tensorrt_is_not_on_the_target(
+    machine: type[Machine], here: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.installed, machine.gpus = {RTX.name, FULL.name}, here
+    caplog.set_level("INFO", "mistral_trt")
+    assert choose_flavor(find_gpu("a10g")) == RTX
+    assert "full TensorRT builds only on the target itself, and this machine has" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", ["auto", "tensorrt-rtx"])
+def test_h100_without_full_tensorrt_is_told_what_to_do(machine: type[Machine], wanted: str) -> None:
+    with pytest.raises(GpuError) as error:
+        choose_flavor(find_gpu("h100"), wanted)
+    assert str(error.value) == (
+        "TensorRT-RTX cannot build for NVIDIA H100 SXM (SM90); on a machine whose GPU is an NVIDIA H100 SXM, "
+        "run: pip install tensorrt && mistral-trt build ONNX_DIR --gpu h100 --flavor tensorrt --out DIR"
+    )
+
+
+def test_h100_with_full_tensorrt_elsewhere_is_refused(machine: type[Machine]) -> None:
+    machine.installed = {RTX.name, FULL.name}
+    with pytest.raises(GpuError, match="and this machine has no NVIDIA GPU; on a machine whose GPU is"):
+        choose_flavor(find_gpu("h100"))
+
+
+def test_full_tensorrt_asked_for_elsewhere_offers_rtx(machine: type[Machine]) -> None:
+    machine.installed, machine.gpus = {RTX.name, FULL.name}, ["NVIDIA L4"]
+    with pytest.raises(
+        GpuError, match="this machine has NVIDIA L4; build here with --flavor tensorrt-rtx, or"
+    ):
+        choose_flavor(find_gpu("a10g"), "tensorrt")
+
+
+def test_full_tensorrt_asked_for_and_not_installed(machine: type[Machine]) -> None:
+    with pytest.raises(
+        MissingDependencyError, match="full TensorRT is not installed; run: pip install tensorrt"
+    ):
+        choose_flavor(find_gpu("a10g"), "tensorrt")
+
+
+def test_a_flavor_that_does_not_exist(machine: type[Machine]) -> None:
+    with pytest.raises(GpuError, match="flavor must be one of auto, tensorrt, tensorrt-rtx, found 'trt'"):
+        choose_flavor(find_gpu("a10g"), "trt")
+
+
+def test_a_flavor_that_is_missing_names_the_extra() -> None:
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mistral-trt\[engines\]'"):
+        Flavor("nosuch", "nosuch_tensorrt").load()
+
+
+def test_local_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local_gpus() == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G'\necho 'NVIDIA L4'\n")
+    tool.chmod(0o755)
+    assert local_gpus() == ["NVIDIA A10G", "NVIDIA L4"]
+    tool.write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
+    assert local_gpus() == []
+
+
+def test_names_are_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpus(["--names"]) == 0
+    assert sorted(capsys.readouterr().out.split("\n")) == ["", *KEYS]
+
+
+def test_the_table_is_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpus([]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for gpu in load_catalogue().values():
+        row = next(line for line in out.splitlines() if line.split()[:1] == [gpu.key])
+        for part in cells(gpu):
+            assert part in row
+
+
+def cells(gpu: GpuTarget) -> list[str]:
+    figures = (gpu.memory_gb, gpu.memory_bandwidth_gb_per_s, gpu.fp16_tflops, gpu.int8_tops)
+    return [gpu.key, gpu.name, gpu.sm[2:], *(f"{figure:g}" for figure in figures), gpu.rtx_support.value]
+
+
+def test_the_table_cuts_no_figure_on_a_narrow_terminal() -> None:
+    file = io.StringIO()
+    Console(file=file, width=80, force_terminal=True, no_color=True).print(
+        gpu_table(list(load_catalogue().values()))
+    )
+    assert "…" not in file.getvalue()
