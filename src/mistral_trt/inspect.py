@@ -2,9 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest
+
+_COUNTS = ("predicted", "network_layers", "compiled")
+"""Sections of an engine's details that are numbers by name."""
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -21,15 +26,33 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
             f"vocabulary {config.vocab_size}",
         ),
         ("ring", f"W={ring.sliding_window} C={ring.prefill_chunk} R={ring.capacity}; {end}"),
-        ("rows", f"{contract.max_batch_size}, {contract.ring_bytes_per_row / 1e6:.1f} MB of ring each"),
+        ("rows", f"{contract.max_batch_size}, {size(contract.ring_bytes_per_row)} of ring each"),
     ]
     for key in ("name", "gpu_name", "compute_capability", "flavor", "tensorrt", "weights", "graph_sha256"):
         if isinstance(details.get(key), str):
             rows.append((key.replace("_", " "), details[key]))
     rows += [(f"from {stage}", sha256) for stage, sha256 in manifest.sources.items()]
-    rows += [(name, f"{entry.bytes / 1e6:.1f} MB") for name, entry in sorted(manifest.files.items())]
+    rows += [(name.replace("_", " "), counts(details[name])) for name in _COUNTS if details.get(name)]
+    rows += [(name, size(entry.bytes)) for name, entry in sorted(manifest.files.items())]
     rows.append(("versions", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())))
     return rows
+
+
+def counts(values: Mapping[str, Any]) -> str:
+    """A mapping on one line; what is nested under a name follows it in brackets."""
+    parts = [
+        f"{key} ({counts(value)})" if isinstance(value, Mapping) else f"{key} {value}"
+        for key, value in values.items()
+    ]
+    return ", ".join(parts)
+
+
+def size(amount_bytes: int) -> str:
+    """Bytes in the decimal unit that keeps them readable."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount_bytes >= scale:
+            return f"{amount_bytes / scale:.1f} {unit}"
+    return f"{amount_bytes} B"
 
 
 def inspect(argv: list[str]) -> int:
@@ -42,5 +65,5 @@ def inspect(argv: list[str]) -> int:
         print(json.dumps({"manifest_sha256": manifest_sha256(args.artifact), **manifest.to_json()}, indent=2))
         return 0
     for label, text in [("folder", str(args.artifact)), *describe(manifest)]:
-        print(f"{label:<20}{text}")
+        print(f"{label:<24}{text}")
     return 0
