@@ -48,7 +48,7 @@ demo: $(READY) ## everything on a real small model: export, A10G engine, reports
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
-	@$(BIN)/python bench/summary.py build/demo
+	@$(BIN)/python bench/demo_summary.py build/demo
 
 engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT engine for GPU=…, from MODEL=…
 	@$(CLI) gpus --check $(GPU) --precision $(PRECISION) --flavor $(FLAVOR)

@@ -13,18 +13,16 @@ from mistral_trt.runtime.sampling import SamplingParams
 def generate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("mistral-trt generate", description="Continue a prompt, streaming.")
     parser.add_argument("--prompt", required=True)
-    params, engine = _common(parser, argv)
-    text = parser.parse_args(argv).prompt
-    _show(engine.stream(text, params))
+    args, engine, params = _load(parser, argv)
+    _show(engine.stream(args.prompt, params))
     return 0
 
 
 def chat(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("mistral-trt chat", description="Talk to the model; Ctrl-D ends.")
     parser.add_argument("--system", help="system message")
-    params, engine = _common(parser, argv)
-    system = parser.parse_args(argv).system
-    messages = [{"role": "system", "content": system}] if system else []
+    args, engine, params = _load(parser, argv)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
     while (line := _ask()) is not None:
         if line:
             messages.append({"role": "user", "content": line})
@@ -33,7 +31,10 @@ def chat(argv: list[str]) -> int:
     return 0
 
 
-def _common(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[SamplingParams, Engine]:
+def _load(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, Engine, SamplingParams]:
+    """What both commands take, and the engine it names."""
     parser.add_argument("artifact", type=Path, help="an ONNX folder")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -49,7 +50,7 @@ def _common(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[SamplingP
         top_p=args.top_p,
         seed=args.seed,
     )
-    return params, Engine.load(args.artifact, threads=args.threads)
+    return args, Engine.load(args.artifact, threads=args.threads), params
 
 
 def _show(pieces: Iterable[Piece]) -> str:

@@ -5,6 +5,7 @@ last; which slot a token lands in follows from its position alone (`contract.Rin
 has to do is run one step on buffers it owns.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,13 +59,18 @@ class RowSnapshot:
 
 
 class RollingCache:
-    """Rows of ring buffers over a backend. Not thread-safe: one caller at a time."""
+    """Rows of ring buffers over a backend.
+
+    Each row belongs to whoever acquired it. Threads may use different rows at once: calls of the graph
+    take turns, and between two of them every row is whole.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.contract = backend.contract
         self._positions: dict[int, int] = {}
         self._poisoned: set[int] = set()
+        self._turn = threading.Condition()
 
     @property
     def capacity_rows(self) -> int:
@@ -76,19 +82,32 @@ class RollingCache:
 
     def acquire(self) -> int:
         """Give a new sequence the lowest free row. Raises GenerationError if none is free."""
-        for row in range(self.capacity_rows):
-            if row not in self._positions:
-                self._positions[row] = 0
-                return row
-        raise GenerationError(f"all {self.capacity_rows} rows are in use (max_batch_size of this artifact)")
+        return self.acquire_rows(1)[0]
+
+    def acquire_rows(self, count: int, *, timeout_s: float = 0.0) -> list[int]:
+        """Give `count` new sequences the lowest free rows, all or none, waiting up to timeout_s for them.
+
+        Raises GenerationError if they do not come free.
+        """
+        with self._turn:
+            if not self._turn.wait_for(lambda: self.free_rows >= count, timeout_s):
+                raise GenerationError(
+                    f"{count} row(s) wanted, {self.free_rows} of {self.capacity_rows} free (max_batch_size "
+                    "of this artifact); end a running stream first, or export with a larger --max-batch-size"
+                )
+            rows = [row for row in range(self.capacity_rows) if row not in self._positions][:count]
+            self._positions.update(dict.fromkeys(rows, 0))
+            return rows
 
     def release(self, row: int) -> None:
         """End a sequence. A row that held NaN or infinity is zeroed: a mask cannot hide those."""
-        self._require_active(row)
-        del self._positions[row]
-        if row in self._poisoned:
-            self._backend.write_row(row, None)
-            self._poisoned.discard(row)
+        with self._turn:
+            self._require_active(row)
+            if row in self._poisoned:
+                self._backend.write_row(row, None)
+                self._poisoned.discard(row)
+            del self._positions[row]
+            self._turn.notify_all()
 
     def position(self, row: int) -> int:
         """Position the row's next token will have."""
@@ -144,11 +163,12 @@ class RollingCache:
             self._require_context(row, 1, allow_long)
         batch = self.batch_for(max(tokens))
         ids = [[tokens.get(row, 0)] for row in range(batch)]
-        # A row that is not decoding writes where its own next token will land: nothing visible is there.
-        positions = [[self._positions.get(row, 0)] for row in range(batch)]
-        logits = self._run(ids, positions, [[0]] * batch, first_row=0)
-        for row in tokens:
-            self._positions[row] += 1
+        with self._turn:
+            # A row that is not decoding writes where its own next token will land: nothing visible is there.
+            positions = [[self._positions.get(row, 0)] for row in range(batch)]
+            logits = self._run(ids, positions, [[0]] * batch, first_row=0)
+            for row in tokens:
+                self._positions[row] += 1
         return self._finite({row: logits[row, 0] for row in tokens})
 
     def batch_for(self, highest_row: int) -> int:
@@ -160,14 +180,16 @@ class RollingCache:
 
     def snapshot(self, row: int) -> RowSnapshot:
         """Copy one row's state."""
-        return RowSnapshot(self.position(row), self._backend.read_row(row))
+        with self._turn:
+            return RowSnapshot(self.position(row), self._backend.read_row(row))
 
     def restore(self, row: int, snapshot: RowSnapshot) -> None:
         """Put a snapshot back, into any active row of an equal artifact."""
-        self._require_active(row)
-        self._backend.write_row(row, snapshot.rings)
-        self._positions[row] = snapshot.position
-        self._poisoned.discard(row)
+        with self._turn:
+            self._require_active(row)
+            self._backend.write_row(row, snapshot.rings)
+            self._positions[row] = snapshot.position
+            self._poisoned.discard(row)
 
     def _run_chunk(
         self, row: int, tokens: Sequence[int], *, all_logits: bool, real: int | None = None
@@ -177,8 +199,9 @@ class RollingCache:
         start = self._positions[row]
         index = list(range(count)) if all_logits else [count - 1]
         positions = [list(range(start, start + len(tokens)))]
-        logits = self._run([list(tokens)], positions, [index], first_row=row)
-        self._positions[row] = start + count
+        with self._turn:
+            logits = self._run([list(tokens)], positions, [index], first_row=row)
+            self._positions[row] = start + count
         return self._finite({row: logits[0]})[row]
 
     def _run(

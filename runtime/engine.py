@@ -5,8 +5,7 @@ for piece in engine.stream("The capital of France is"):
     print(piece.text, end="")
 """
 
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,27 +38,41 @@ class Output:
 
 
 class Engine:
-    """A loaded artifact. Calls from several threads are safe and wait for each other."""
+    """A loaded artifact. Any thread may call it; a request waits up to row_timeout_s for free rows."""
 
-    def __init__(self, cache: RollingCache, manifest: Manifest, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        cache: RollingCache,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None,
+        row_timeout_s: float = 60.0,
+    ) -> None:
         self.cache = cache
         self.manifest = manifest
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._row_timeout_s = row_timeout_s
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int | None = None, trust_weights: bool = False) -> "Engine":
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        trust_weights: bool = False,
+        row_timeout_s: float = 60.0,
+    ) -> "Engine":
         """Check the artifact and load it.
 
-        threads: CPU threads, None for the backend's own choice.  trust_weights: compare sizes only,
-        not hashes.  Raises ManifestError for an altered folder, EngineMismatchError for one that cannot
-        run here.
+        threads: CPU threads, None for the backend's own choice.  trust_weights: compare sizes only, not
+        hashes.  row_timeout_s: how long a request waits while all rows are in use.
+        Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
         """
         path = Path(folder)
         manifest = read_manifest(path, check_files=not trust_weights)
         cache = _open_backend(path, manifest, threads)
         has_text = "tokenizer.json" in manifest.files
-        return cls(cache, manifest, Tokenizer.from_folder(path) if has_text else None)
+        tokenizer = Tokenizer.from_folder(path) if has_text else None
+        return cls(cache, manifest, tokenizer, row_timeout_s)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -98,21 +111,22 @@ class Engine:
         settings = params or SamplingParams()
         requests = [self._request(prompt, None, settings, allow_long) for prompt in prompts]
         rows = self.cache.capacity_rows
-        with self._lock:
-            for start in range(0, len(requests), rows):
-                for _ in run_requests(self.cache, requests[start : start + rows], allow_long=allow_long):
-                    pass
+        for start in range(0, len(requests), rows):
+            for _ in self._run(requests[start : start + rows], allow_long):
+                pass
         return [self._output(request) for request in requests]
 
     def _stream(self, request: Request, allow_long: bool) -> Generator[Piece]:
         decoder = self._tokenizer.decoder(request.prompt) if self._tokenizer else None
-        with self._lock:
-            for _, token in run_requests(self.cache, [request], allow_long=allow_long):
-                if token is not None:
-                    yield Piece(decoder.push(token) if decoder else "", token)
+        for _, token in self._run([request], allow_long):
+            if token is not None:
+                yield Piece(decoder.push(token) if decoder else "", token)
         if request.finish_reason == "error":
             raise NonFiniteLogitsError([request.row], {})
         yield Piece("", None, request.finish_reason)
+
+    def _run(self, requests: Sequence[Request], allow_long: bool) -> Iterator[tuple[int, int | None]]:
+        return run_requests(self.cache, requests, timeout_s=self._row_timeout_s, allow_long=allow_long)
 
     def _request(
         self,

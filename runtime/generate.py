@@ -33,18 +33,18 @@ class Request:
 
 
 def run_requests(
-    cache: RollingCache, requests: Sequence[Request], *, allow_long: bool = False
+    cache: RollingCache, requests: Sequence[Request], *, timeout_s: float, allow_long: bool = False
 ) -> Iterator[tuple[int, int | None]]:
-    """Decode all requests together; each needs a free row.
+    """Decode all requests together, each on a row of its own, waiting up to timeout_s for the rows.
 
     Yields (index of the request, token), and (index, None) when a request has ended; its finish_reason
     is then set. Rows are released when their request ends, and all of them if the caller stops early.
     """
-    live: dict[int, int] = {}  # row -> index of its request
+    rows = cache.acquire_rows(len(requests), timeout_s=timeout_s)
+    live = {row: index for index, row in enumerate(rows)}  # row -> index of its request
     try:
-        for index, request in enumerate(requests):
-            request.row = cache.acquire()
-            live[request.row] = index
+        for row, request in zip(rows, requests, strict=True):
+            request.row = row
             try:
                 logits = cache.append(request.row, request.prompt, allow_long=allow_long)
             except NonFiniteLogitsError:

@@ -85,6 +85,31 @@ def test_an_abandoned_stream_gives_its_row_back(engine: Engine) -> None:
     assert engine.cache.free_rows == engine.cache.capacity_rows
 
 
+def test_streams_of_one_thread_interleave(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=25, ignore_eos=True)
+    prompts = ["abc", "de", "fghijk"]
+    expected = [output.tokens for output in (engine.generate([p], params)[0] for p in prompts)]
+    streams = [engine.stream(prompt, params) for prompt in prompts]
+    turns = list(zip(*streams, strict=True))
+    found = [
+        tuple(piece.token for piece in pieces if piece.token is not None)
+        for pieces in zip(*turns, strict=True)
+    ]
+    assert found == expected
+
+
+def test_a_request_that_finds_no_row_is_refused_and_does_not_hang(folder: Path) -> None:
+    engine = Engine.load(folder, row_timeout_s=0.05)
+    params = SamplingParams(max_tokens=25, ignore_eos=True)
+    running = [engine.stream("x", params) for _ in range(4)]
+    for stream in running:
+        next(stream)
+    with pytest.raises(GenerationError, match="0 of 4 free.*end a running stream first"):
+        next(engine.stream("x", params))
+    running[2].close()
+    assert next(engine.stream("x", params)).token is not None
+
+
 def test_threads_wait_for_each_other(engine: Engine) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     expected = {prompt: engine.generate([prompt], params)[0] for prompt in "abcdefgh"}

@@ -55,7 +55,7 @@ def new_artifact(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
             _sync(partial)
             _replace(partial, out)
         except OSError as error:
-            raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+            raise ArtifactError(f"cannot write {out}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,0 +1,98 @@
+"""What the README tells a reader to type is typed here."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_trt.cli import COMMANDS
+from mistral_trt.export.onnx_folder import export_checkpoint
+from tests.models import write_checkpoint, write_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_embed_example_runs(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 10
+    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "checkpoint", vocab_size=259))
+    artifact = tmp_path / "build" / "demo" / "onnx-fp16"
+    export_checkpoint(checkpoint, artifact, precision="fp16", prefill_chunk=4)
+    result = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_every_command_it_names_exists() -> None:
+    commands = set(re.findall(r"^    mistral-trt ([a-z-]+)", README, re.MULTILINE))
+    assert len(commands) >= 6
+    assert commands <= set(COMMANDS)
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
+    assert {"demo", "engine"} <= targets
+    assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) | {"target"}
+
+
+def test_every_file_it_links_exists() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"@[A-Z]+@", README)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A checkout without an environment: what a fresh clone looks like to make."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "engines" / "gpus", tmp_path / "engines" / "gpus")
+    return tmp_path
+
+
+def make(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_help_and_clean_install_nothing(tree: Path) -> None:
+    shown = make(tree, "help")
+    assert shown.returncode == 0
+    assert "demo" in shown.stdout and "engine" in shown.stdout
+    assert make(tree, "clean").returncode == 0
+    assert not (tree / ".venv").exists()
+
+
+def test_an_unknown_gpu_is_one_line_that_lists_the_known(tree: Path) -> None:
+    result = make(tree, "engine", "GPU=nosuch")
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert "nosuch" in line and "a10g" in line and "rtx5090" in line
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_make_does_only_what_is_out_of_date(tmp_path: Path) -> None:
+    if not (ROOT / ".venv" / "bin" / "mistral-trt").exists():
+        pytest.skip("needs the environment that make builds")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    arguments = (".onnx", f"RUN={tmp_path}", f"MODEL={checkpoint}", "PRECISION=fp32", "CHUNK=4")
+    first = make(ROOT, *arguments)
+    manifest = tmp_path / "onnx-fp32-c4" / "manifest.json"
+    assert first.returncode == 0, first.stderr
+    made = manifest.stat().st_mtime_ns
+    again = make(ROOT, *arguments)
+    assert (again.returncode, manifest.stat().st_mtime_ns) == (0, made)
+    other = make(ROOT, *arguments, "WINDOW=4")
+    assert other.returncode == 0, other.stderr
+    assert (tmp_path / "onnx-fp32-w4-c4" / "manifest.json").is_file()
+    manifest.unlink()
+    assert make(ROOT, *arguments).returncode != 0  # a folder that is not ours any more is not replaced
