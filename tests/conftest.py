@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from hypothesis import settings
@@ -15,7 +16,13 @@ from hypothesis import settings
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-Folder = Callable[..., Path]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mistral_trt.contract import GraphContract
+
+Folder: TypeAlias = Callable[..., Path]
+BuiltGraph: TypeAlias = "Callable[[GraphContract], ir.Model]"
 
 _EXPORT_DEFAULTS: dict[str, object] = {
     "precision": "fp32",
@@ -71,6 +78,31 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folde
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def built_graph() -> "BuiltGraph":
+    """built_graph(contract) -> a copy of `build_graph(contract)`, which takes 2 s a layer once a session."""
+    from mistral_trt.export.graph import build_graph
+
+    made: dict[str, ir.Model] = {}
+
+    def graph(contract: "GraphContract") -> "ir.Model":
+        key = repr(contract)
+        if key not in made:
+            made[key] = build_graph(contract)
+        return made[key].clone()
+
+    return graph
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports write a graph without nodes: for tests of files and weights, in milliseconds."""
+    from mistral_trt.export import onnx_folder
+    from tests.graphs import bare_graph
+
+    monkeypatch.setattr(onnx_folder, "build_graph", bare_graph)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,143 @@
+"""The table of limits, and what is held against it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mistral_trt.contract import CACHE_DTYPES
+from mistral_trt.errors import ValidationError
+from mistral_trt.validate.gates import (
+    TITLES,
+    Gate,
+    Measured,
+    ScenarioResult,
+    judge,
+    measure,
+    read_gates,
+    undecided,
+)
+from mistral_trt.validate.metrics import LogitErrors, concatenate
+from mistral_trt.validate.poke import Poke, PokeResult, Question
+from mistral_trt.validate.probes import Scenario
+
+
+def errors(size: int, **columns: float) -> LogitErrors:
+    """Errors of `size` positions, zero but for the given values at the last one."""
+    arrays = {name: np.zeros(size) for name in ("max_abs", "mean_abs", "relative", "cosine", "kl")}
+    for name, value in columns.items():
+        arrays[name][-1] = value
+    return LogitErrors(**arrays, agree=np.ones(size, bool))
+
+
+def scenario(name: str, found: LogitErrors, failure: str | None = None) -> ScenarioResult:
+    return ScenarioResult(Scenario(name, "", ()), found, failure)
+
+
+def poke(visible: bool, changed: int) -> PokeResult:
+    return PokeResult(Question(9, 10), Poke("q-W", (1,), visible), changed, 97)
+
+
+@pytest.mark.parametrize("precision", CACHE_DTYPES)
+def test_every_precision_has_exact_gates_and_rounding_gates(precision: str) -> None:
+    gates = read_gates(precision)
+    names = [gate.metric for gate in gates]
+    exact = ["calls_failed", "hidden_slots_seen", "visible_slots_unseen"]
+    assert names[:3] == exact
+    assert {"logit_error_max", "kl_max", "top1_agreement"} <= set(names)
+    assert names == sorted(names, key=list(TITLES).index)
+    assert all(gate.limit == 0 and gate.bound == "at_most" for gate in gates[:3])
+    assert all(len(gate.reason) > 20 for gate in gates)
+
+
+def test_the_limits_that_were_promised() -> None:
+    fp32 = {gate.metric: gate for gate in read_gates("fp32")}
+    fp16 = {gate.metric: gate for gate in read_gates("fp16")}
+    assert fp32["logit_error_max"].limit == 1e-3
+    assert fp32["kl_max"].limit == 1e-7
+    assert fp32["top1_agreement"].limit == 0.999
+    assert fp16["top1_agreement"].limit == 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[fp32.kl_max]\nat_most = 1", "reason"),
+        ("[fp32.kl_max]\nat_most = 1\nat_least = 0\nreason = 'x'", "either at_most or at_least"),
+        ("[fp32.kl_max]\nat_most = 1\nreason = 'x'\nunless = 2", "either at_most or at_least"),
+        ("[fp32.nonsense]\nat_most = 1\nreason = 'x'", "unknown metric 'nonsense'"),
+        ("[fp16.kl_max]\nat_most = 1\nreason = 'x'", "no gates for precision 'fp32'"),
+        ("[fp32", "cannot be read as a table of gates"),
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    table = tmp_path / "gates.toml"
+    table.write_text(text)
+    with pytest.raises(ValidationError, match=message):
+        read_gates("fp32", table)
+
+
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="cannot be read"):
+        read_gates("fp32", tmp_path / "none.toml")
+
+
+def test_a_limit_is_inclusive_and_nan_never_passes() -> None:
+    most, least = Gate("kl_max", "at_most", 1.0, ""), Gate("top1_agreement", "at_least", 0.99, "")
+    assert most.holds(1.0)
+    assert not most.holds(np.nextafter(1.0, 2.0))
+    assert least.holds(0.99)
+    assert not least.holds(0.9899)
+    assert not most.holds(float("nan"))
+    assert not least.holds(float("nan"))
+
+
+def test_the_worst_scenario_is_measured_with_its_place() -> None:
+    found = measure([scenario("a", errors(5, max_abs=1, kl=3)), scenario("b", errors(9, max_abs=2))], [])
+    assert found["logit_error_max"] == Measured(2.0, "b at 8", 5)
+    assert found["kl_max"] == Measured(3.0, "a at 4", 5)
+    assert found["kl_mean"] == Measured(0.6, "a", 5)
+    assert found["calls_failed"].value == 0
+
+
+def test_agreement_is_the_lowest_of_the_scenarios() -> None:
+    good, bad = errors(4), errors(4)
+    bad.agree[1] = False
+    found = measure([scenario("good", good), scenario("bad", bad)], [])
+    assert found["top1_agreement"] == Measured(0.75, "bad", 4)
+
+
+def test_nan_hides_behind_no_larger_number() -> None:
+    found = measure([scenario("a", errors(3, kl=float("nan"))), scenario("b", errors(3, kl=9))], [])
+    assert np.isnan(found["kl_max"].value)
+    assert np.isnan(found["kl_mean"].value)
+
+
+def test_failed_calls_and_wrong_pokes_are_counted() -> None:
+    results = [scenario("a", errors(3), "RuntimeError: no"), scenario("b", errors(5))]
+    pokes = [poke(False, 0), poke(False, 4), poke(True, 0), poke(True, 97)]
+    found = measure(results, pokes, failures=["poke"])
+    assert found["calls_failed"] == Measured(2, "a at 3; poke", 3)
+    assert found["hidden_slots_seen"] == Measured(1, "decode at 9: q-W", 2)
+    assert found["visible_slots_unseen"] == Measured(1, "decode at 9: q-W", 2)
+
+
+def test_a_scenario_without_a_position_fails_every_rounding_gate() -> None:
+    found = measure([scenario("a", concatenate([]), "it broke")], [])
+    failed = {result.name for result in judge(read_gates("fp16"), found) if not result.passed}
+    assert failed >= {"calls_failed", "logit_error_max", "kl_max", "kl_mean"}
+
+
+def test_a_gate_that_needs_more_positions_is_left_out_by_name() -> None:
+    gates = [Gate("top1_agreement", "at_least", 0.99, "", 1000), Gate("kl_max", "at_most", 1.0, "")]
+    found = measure([scenario("a", errors(999))], [])
+    assert [result.name for result in judge(gates, found)] == ["kl_max"]
+    assert [gate.metric for gate in undecided(gates, found)] == ["top1_agreement"]
+    enough = measure([scenario("a", errors(1000))], [])
+    assert len(judge(gates, enough)) == 2
+    assert undecided(gates, enough) == []
+
+
+def test_a_gate_about_something_unmeasured_is_refused() -> None:
+    with pytest.raises(ValidationError, match="kl_max was not measured"):
+        judge([Gate("kl_max", "at_most", 1.0, "")], {})

@@ -1,0 +1,308 @@
+"""What is installed is what is in the tree: stages under one name, a light runtime, whole wheels."""
+
+import inspect
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from collections.abc import Callable
+from email.parser import Parser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import mistral_trt
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("export", "engines", "runtime", "validate")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SHIPPED = {".py", ".toml", ".html", ".txt", ".typed"}
+
+
+def python(code: str, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that has neither this tree nor the working folder on its path."""
+    return subprocess.run(
+        [sys.executable, "-P", *options, "-c", code],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_relative_link_to_its_root_folder(stage: str) -> None:
+    link = ROOT / "src" / "mistral_trt" / stage
+    assert link.is_symlink(), "a checkout without symbolic links builds wheels without stages"
+    assert link.readlink() == Path("..") / ".." / stage
+    assert link.resolve() == ROOT / stage
+
+
+def test_stages_have_one_name_each(tmp_path: Path) -> None:
+    code = f"""
+from importlib.util import find_spec
+for stage in {STAGES}:
+    assert find_spec("mistral_trt." + stage), stage
+    assert find_spec(stage) is None, stage
+"""
+    found = python(code, tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_stage_seen_as_top_level_would_be_noticed() -> None:
+    code = "from importlib.util import find_spec; print(find_spec('export') is not None)"
+    seen = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert seen.stdout == "True\n", "with the root on the path, without -P, it is visible"
+
+
+@pytest.mark.parametrize("name", ["mistral_trt.runtime", "mistral_trt.engines"])
+def test_public_names_are_those_it_lists(name: str) -> None:
+    module = import_module(name)
+    public = {n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)}
+    assert public == set(module.__all__)
+    assert list(module.__all__) == sorted(module.__all__)
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    assert mistral_trt.__version__ == PROJECT["version"]
+
+
+def test_a_tree_that_was_never_installed_has_a_version_too(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "src" / "mistral_trt" / "__init__.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import __init__ as m; print(m.__version__)"
+    found = python(code, tmp_path, "-S", "-I")
+    assert found.stdout == "0+unknown\n"
+
+
+# ---------------------------------------------------------------- a light runtime
+
+LOADED = """
+import sys
+import {module}
+heavy = {{"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "rich", "matplotlib", "tensorrt_rtx"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["mistral_trt.runtime", "mistral_trt.runtime.__main__", "mistral_trt.cli", "mistral_trt.inspect"],
+)
+def test_it_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
+    found = python(LOADED.format(module=module), tmp_path)
+    assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
+
+
+def test_something_heavy_would_be_seen(tmp_path: Path) -> None:
+    found = python(LOADED.format(module="mistral_trt.runtime, rich"), tmp_path)
+    assert found.stdout == "['rich']\n"
+
+
+# ---------------------------------------------------------------- wheel and sdist
+
+
+def copy_of_tree(to: Path) -> Path:
+    """The tree as a checkout has it: no environment, no artifacts, links kept."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=ignore))
+
+
+def shipped(tree: Path) -> dict[str, bytes]:
+    """Every file of the package that belongs into a wheel, by its name there."""
+    roots = {f"mistral_trt/{stage}": tree / stage for stage in STAGES}
+    files = {f"mistral_trt/{p.name}": p for p in (tree / "src" / "mistral_trt").iterdir() if p.is_file()}
+    for name, folder in roots.items():
+        files |= {f"{name}/{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*")}
+    return {name: p.read_bytes() for name, p in files.items() if p.suffix in SHIPPED}
+
+
+def build(hook: str, tree: Path, out: Path) -> Path:
+    """Run one hook of setuptools as pip does, in a process of its own."""
+    out.mkdir()
+    code = f"import sys, setuptools.build_meta as b; b.build_{hook}(sys.argv[1])"
+    made = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        cwd=tree,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    (path,) = out.iterdir()
+    return path
+
+
+def check_wheel(wheel: Path, tree: Path) -> None:
+    """The wheel holds every file of the stages as a real file, and nothing beside the package."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [info.filename for info in archive.infolist()]
+        found = {name: archive.read(name) for name in names if name.startswith("mistral_trt/")}
+        links = [info.filename for info in archive.infolist() if info.external_attr >> 28 == 0o12]
+    assert links == []
+    assert found == shipped(tree)
+    assert {name.split("/")[0] for name in names} == {"mistral_trt", wheel_metadata_folder(wheel)}
+
+
+def wheel_metadata_folder(wheel: Path) -> str:
+    return "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--isolated", *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_tree(tmp_path_factory.mktemp("packaging") / "tree")
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    made = pip(
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(tree.parent / "wheel"),
+        str(tree),
+    )
+    assert made.returncode == 0, made.stderr
+    (path,) = (tree.parent / "wheel").iterdir()
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_every_stage(wheel: Path, tree: Path) -> None:
+    check_wheel(wheel, tree)
+    names = set(shipped(tree))
+    assert {"mistral_trt/engines/gpus/a10g.toml", "mistral_trt/py.typed", "mistral_trt/cli.py"} <= names
+    assert any(name.endswith(".html") for name in names) and any(name.endswith(".txt") for name in names)
+
+
+@pytest.mark.slow
+def test_a_wheel_from_a_checkout_without_links_would_be_caught(tmp_path: Path) -> None:
+    broken = copy_of_tree(tmp_path / "tree")
+    for stage in STAGES:
+        link = broken / "src" / "mistral_trt" / stage
+        link.unlink()
+        link.write_text(f"../../{stage}")
+    with pytest.raises(AssertionError):
+        check_wheel(build("wheel", broken, tmp_path / "out"), broken)
+
+
+@pytest.mark.slow
+def test_the_wheel_asks_for_what_the_runtime_needs_and_no_more(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        folder = wheel_metadata_folder(wheel)
+        metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
+        entry_points = archive.read(f"{folder}/entry_points.txt").decode()
+        licence = archive.read(f"{folder}/licenses/LICENSE")
+    required = metadata.get_all("Requires-Dist") or []
+    assert [r for r in required if "extra ==" not in r] == PROJECT["dependencies"]
+    assert set(metadata.get_all("Provides-Extra") or []) == set(PROJECT["optional-dependencies"])
+    assert "mistral-trt = mistral_trt.cli:main" in entry_points
+    assert licence == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_real_files_and_builds_the_same_wheel(tree: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tree, tmp_path / "sdist")) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    check_wheel(build("wheel", unpacked, tmp_path / "wheel"), tree)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str, str]]:
+    """Run a program of a fresh environment that holds the wheel and no other package."""
+    home = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(home, with_pip=False)
+    made = pip("--python", str(home), "install", "--no-deps", "--no-index", str(wheel))
+    assert made.returncode == 0, made.stderr
+
+    def program(name: str, *arguments: str) -> tuple[int, str, str]:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        ended = subprocess.run(
+            [home / "bin" / name, *arguments],
+            cwd=home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        return ended.returncode, ended.stdout, ended.stderr
+
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (("export", "x", "--out", "y"), "onnx_ir", "export"),
+        (("gpus",), "", "engines"),
+        (("build", "x", "--gpu", "a10g", "--out", "y"), "", "engines"),
+        (("validate", "x", "--reference", "y", "--out", "z"), "", "validate"),
+        (("generate", "x", "--prompt", "y"), "numpy", "onnxruntime"),
+    ],
+)
+def test_an_installed_command_says_which_extra_is_missing(
+    installed: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], package: str, extra: str
+) -> None:
+    status, out, err = installed("mistral-trt", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"mistral-trt {arguments[0]}: this command needs the package '{package}")
+    assert err.endswith(f"which is not installed; run: pip install 'mistral-trt[{extra}]'\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_installed_command_needs_no_package_for_what_needs_none(
+    installed: Callable[..., tuple[int, str, str]],
+) -> None:
+    assert installed("mistral-trt", "--version") == (0, f"mistral-trt {PROJECT['version']}\n", "")
+    status, out, _ = installed("mistral-trt", "--help")
+    assert status == 0 and "  export " in out
+    status, _, err = installed("mistral-trt", "inspect", "nowhere")
+    assert status == 2 and err.startswith("mistral-trt inspect: nowhere is not a folder")
+    status, out, err = installed("python", "-c", "import mistral_trt.export, mistral_trt.validate, export")
+    assert status == 1 and "No module named 'export'" in err
+
+
+def test_the_checker_of_wheels_can_fail(tmp_path: Path) -> None:
+    name = f"mistral_trt-{PROJECT['version']}"
+    wheel = tmp_path / f"{name}-py3-none-any.whl"
+
+    def write(files: dict[str, bytes]) -> None:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for file, data in files.items():
+                archive.writestr(file, data)
+        wheel.write_bytes(buffer.getvalue())
+
+    whole = {**shipped(ROOT), f"{name}.dist-info/METADATA": b""}
+    write(whole)
+    check_wheel(wheel, ROOT)
+    for wrong in (
+        {k: v for k, v in whole.items() if k != "mistral_trt/engines/gpus/a10g.toml"},
+        {**whole, "mistral_trt/export/graph.py": b"altered"},
+        {**whole, "export/graph.py": b""},
+        {**whole, "mistral_trt/notes.bin": b""},
+    ):
+        write(wrong)
+        with pytest.raises(AssertionError):
+            check_wheel(wheel, ROOT)

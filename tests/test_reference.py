@@ -1,0 +1,135 @@
+"""The two references: each other's equal, and each able to tell a wrong window from a right one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from mistral_trt.errors import ValidationError
+from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.manifest import read_manifest
+from mistral_trt.validate import reference
+from mistral_trt.validate.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
+from mistral_trt.validate.reference import (
+    load_model,
+    require_memory,
+    require_same_checkpoint,
+    run_reference,
+)
+from tests.conftest import Folder
+from tests.models import write_checkpoint
+
+TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 97, 60)]
+SHAPES: list[dict[str, object]] = [
+    {},
+    {"tie_word_embeddings": True},
+    {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 500.0},
+    {"sliding_window": 1},
+    {"sliding_window": None, "rms_norm_eps": 1e-2},
+]
+
+
+def oracle(checkpoint: Path, window: int, tokens: list[int] = TOKENS) -> np.ndarray:
+    config = Checkpoint.open(checkpoint).config
+    return oracle_logits(read_weights(checkpoint), config, tokens=tokens, sliding_window=window)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_huggingface_equals_the_oracle(tiny_checkpoint: Folder, shape: dict[str, object]) -> None:
+    checkpoint = tiny_checkpoint(**shape)
+    for window in (1, 8, 60):
+        found = run_reference(checkpoint, TOKENS, sliding_window=window)
+        np.testing.assert_allclose(found.logits(0, 60), oracle(checkpoint, window), atol=1e-5)
+
+
+def test_a_window_off_by_one_is_seen(tiny_checkpoint: Folder) -> None:
+    checkpoint = tiny_checkpoint()
+    right = oracle(checkpoint, 8)
+    for wrong in (7, 9):
+        error = np.abs(oracle(checkpoint, wrong) - right).max(axis=-1)
+        assert error[:7].max() == 0, "nothing differs before either window is full"
+        assert error[9:].min() > 1e-2
+
+
+def test_the_band_counts_the_query_itself() -> None:
+    np.testing.assert_array_equal(band(4, 2), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(band(3, 1), np.eye(3))
+
+
+def test_rotation_depends_on_distance_only() -> None:
+    key = np.random.default_rng(0).normal(size=(1, 1, 8)).repeat(9, axis=0)
+    rotated = rotate(key, 100.0)
+    products = rotated[:, 0] @ rotated[:, 0].T
+    np.testing.assert_allclose(rotated[0], key[0])
+    np.testing.assert_allclose(np.diag(products, 3), products[0, 3])
+    assert abs(products[0, 3] - products[0, 4]) > 1e-3
+
+
+def test_norm_and_softmax_of_known_values() -> None:
+    np.testing.assert_allclose(
+        rms_norm(np.array([[3.0, 4.0]]), np.array([1.0, 2.0]), 0.0) * 12.5**0.5, [[3, 8]]
+    )
+    np.testing.assert_allclose(softmax(np.array([[0.0, np.log(3.0), -np.inf]])), [[0.25, 0.75, 0]])
+    assert np.isfinite(softmax(np.array([[1e5, 0.0]]))).all()
+
+
+def test_logits_in_pieces_equal_the_whole_forward(tiny_checkpoint: Folder) -> None:
+    checkpoint = tiny_checkpoint()
+    with torch.inference_mode():
+        whole = load_model(checkpoint, sliding_window=8)(torch.tensor([TOKENS])).logits[0].numpy()
+    found = run_reference(checkpoint, TOKENS, sliding_window=8)
+    pieces = np.concatenate([found.logits(0, 7), found.logits(7, 60)])
+    assert pieces.dtype == np.float32
+    np.testing.assert_allclose(pieces, whole, atol=2e-6)
+
+
+def test_the_window_is_the_artifacts_not_the_checkpoints(tiny_checkpoint: Folder) -> None:
+    windowless = run_reference(tiny_checkpoint(sliding_window=None), TOKENS, sliding_window=8).logits(0, 60)
+    windowed = run_reference(tiny_checkpoint(), TOKENS, sliding_window=8).logits(0, 60)
+    np.testing.assert_array_equal(windowless, windowed)
+
+
+def test_a_half_loaded_reference_is_refused(tiny_checkpoint: Folder, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "holes")
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValidationError, match=r"did not load model\.norm\.weight"):
+        load_model(checkpoint, sliding_window=8)
+
+
+def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "nan")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValidationError, match="NaN or infinity"):
+        run_reference(checkpoint, TOKENS, sliding_window=8)
+
+
+def test_another_checkpoint_is_refused(onnx_folder: Folder, tiny_checkpoint: Folder) -> None:
+    manifest = read_manifest(onnx_folder())
+    require_same_checkpoint(manifest, Checkpoint.open(tiny_checkpoint()))
+    with pytest.raises(ValidationError, match="not the checkpoint this artifact was made from"):
+        require_same_checkpoint(manifest, Checkpoint.open(tiny_checkpoint(seed=1)))
+
+
+def test_a_reference_larger_than_memory_is_refused(
+    tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint.open(tiny_checkpoint())
+    require_memory(source)
+    monkeypatch.setattr(reference, "memory_bytes", lambda: 1000)
+    with pytest.raises(ValidationError, match=r"takes 0\.0 GB"):
+        require_memory(source)
+
+
+def test_transformers_settings_are_left_as_they_were() -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with pytest.raises(KeyError), reference.quiet_transformers():
+        assert not transformers_logging.is_progress_bar_enabled()
+        raise KeyError
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

@@ -1,0 +1,46 @@
+"""Command line → one validation: report path and verdict on stdout, 0 if every gate holds, else 1."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mistral_trt.cli import run
+from mistral_trt.validate.comparison import validate_artifact
+from mistral_trt.validate.report import HTML_NAME
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mistral-trt validate",
+        description="Compare an artifact with the checkpoint it was made from, position by position.",
+        epilog="exit status: 0 every gate holds, 1 a gate failed, 2 the validation could not run",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an ONNX folder (mistral-trt export)")
+    parser.add_argument("--reference", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: our own)")
+    parser.add_argument("--length", type=int, metavar="N", help="positions (default: past 3W and 2R)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random tokens and padding")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+    return parser.parse_args(argv)
+
+
+def validate(argv: list[str]) -> int:
+    """Run the command. Raises MistralTrtError if the validation could not run."""
+    args = parse(argv)
+    report = validate_artifact(
+        args.folder,
+        reference=args.reference,
+        out=args.out,
+        text=args.text,
+        length=args.length,
+        seed=args.seed,
+        threads=args.threads,
+    )
+    print(args.out / HTML_NAME)
+    print(report.verdict)
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run("validate", sys.argv[1:]))

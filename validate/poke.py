@@ -1,0 +1,250 @@
+"""A carried cache → exact answers on which slots a call can see; no reference and no tolerance.
+
+A call is run twice from the same snapshot, once with slots of the ring altered in every layer. Slots the
+mask must hide leave every logit bit-identical; slots it must show change some.
+
+W=8, C=4 (R=12), decoding q=26: visible are 19…26, so slot 18 % 12 = 6 is hidden and slot 19 % 12 = 7 shows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
+
+BUMP = 3.0
+GARBAGE = 1e4
+FLOAT16_KEY_GARBAGE = 100.0
+"""ONNX Runtime hides a slot by adding the lowest finite number to its score, in float16 -65504: past that a
+key shows through. No model's keys reach it (scores stay in the hundreds), garbage of 1e4 does."""
+
+_SHORT_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """A call to be run twice: tokens start…stop-1, padded to pad_to tokens where that is more.
+
+    after_padding: whether the call before was padded to the chunk's edge, past `start`.
+    """
+
+    start: int
+    stop: int
+    pad_to: int = 0
+    after_padding: bool = False
+
+    @property
+    def width(self) -> int:
+        """Tokens the call writes, padding included."""
+        return max(self.stop - self.start, self.pad_to)
+
+    @property
+    def name(self) -> str:
+        if self.width == 1:
+            return f"decode at {self.start}" + (", after padding" if self.after_padding else "")
+        padding = f", padded to {self.pad_to}" if self.pad_to else ""
+        return f"chunk {self.start}…{self.stop - 1}{padding}"
+
+
+@dataclass(frozen=True)
+class Poke:
+    """Slots to alter before a call, and whether the call may notice.
+
+    slots: ring indices.  how: "bump" adds 3.0, "garbage" writes ±1e4.  row: whose ring.
+    """
+
+    name: str
+    slots: tuple[int, ...]
+    visible: bool
+    how: Literal["bump", "garbage"] = "bump"
+    row: Literal["own", "neighbour"] = "own"
+
+
+@dataclass(frozen=True)
+class PokeResult:
+    """What a poke did.  changed: logits that differ in any bit, of `total` that were compared."""
+
+    question: Question
+    poke: Poke
+    changed: int
+    total: int
+
+    @property
+    def passed(self) -> bool:
+        return (self.changed > 0) == self.poke.visible
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The row that is asked, its neighbour where the artifact has two rows, and that one's clean state."""
+
+    cache: RollingCache
+    own: int
+    neighbour: int | None
+    rest: RowSnapshot | None
+
+
+def questions(contract: GraphContract, length: int) -> list[Question]:
+    """Calls to put to the test, by position, within `length`.
+
+    A ring with its first token, a ring before its first turn, and after two turns: the chunk's first
+    tokens, a whole chunk, a padded one, what follows a padded one, the chunk's last token.
+    """
+    chunk = contract.ring.prefill_chunk
+    late = late_edge(contract, length)
+    half = late + max(2, chunk // 2)
+    short = min(chunk, _SHORT_CHUNK)
+    asked = {
+        Question(1, 2),
+        Question(chunk, chunk + 1),
+        Question(late, late + 1),
+        Question(late, late + chunk),
+        Question(late, late + max(1, short // 2), pad_to=short if chunk > 1 else 0),
+        Question(late + 1, late + 2),
+        Question(late + chunk - 1, late + chunk),
+    }
+    if half < late + chunk - 1:
+        asked.add(Question(half, half + 1, after_padding=True))
+    fitting = [question for question in asked if 0 < question.start and question.stop <= length]
+    return sorted(fitting, key=lambda question: (question.start, question.width))
+
+
+def late_edge(contract: GraphContract, length: int) -> int:
+    """2R where the sequence gets past it, else its last chunk edge with a chunk to spare."""
+    chunk = contract.ring.prefill_chunk
+    return min(2 * contract.ring.capacity, max(0, length - chunk) // chunk * chunk)
+
+
+def pokes(ring: Ring, question: Question, *, neighbours: bool = False) -> list[Poke]:
+    """Everything to alter before this call.
+
+    The ring holds positions up to start - 1. What is hidden from a chunk's first query is hidden from all
+    of them, because the first sees farthest back. The slots this call writes are hidden too: what was there
+    is overwritten before anything is read.
+    """
+    held = {slot: ring.held_position(slot, question.start - 1) for slot in range(ring.capacity)}
+    hidden = {slot for slot, position in held.items() if not ring.visible(question.start, position)}
+    named = _edge_slots(ring, question, held)
+    if question.width == 1:
+        named |= _far_slots(ring, question, held)
+        named["every hidden slot"] = hidden
+    found = [Poke(name, tuple(sorted(slots)), not slots <= hidden) for name, slots in named.items() if slots]
+    if hidden:
+        found.append(Poke("every hidden slot, ±1e4", tuple(sorted(hidden)), False, "garbage"))
+    if neighbours and question.width == 1:
+        every = tuple(range(ring.capacity))
+        found.append(Poke("a neighbour's whole ring, ±1e4", every, False, "garbage", "neighbour"))
+    return found
+
+
+def _edge_slots(ring: Ring, question: Question, held: Mapping[int, int]) -> dict[str, set[int]]:
+    """Both sides of the window's old end."""
+    oldest = question.start - ring.sliding_window + 1
+    return {
+        "q-W+1, the oldest in the window": _at(held, oldest),
+        "q-W, just outside it": _at(held, oldest - 1),
+    }
+
+
+def _far_slots(ring: Ring, question: Question, held: Mapping[int, int]) -> dict[str, set[int]]:
+    """The newest slot, the oldest, those never written and those that only padding wrote."""
+    edge = question.start + ring.room_in_chunk(question.start)
+    padded = (
+        {ring.cache_slot(p) for p in range(question.start + 1, edge)} if question.after_padding else set()
+    )
+    return {
+        "q-1, the token before": _at(held, question.start - 1),
+        "q-R+1, the oldest in the ring": _at(held, question.start - ring.capacity + 1),
+        "the slot this call writes": {ring.cache_slot(question.start)},
+        "slots never written": {slot for slot, position in held.items() if position < 0} - padded,
+        "slots that padding wrote": padded,
+    }
+
+
+def _at(held: Mapping[int, int], position: int) -> set[int]:
+    return {slot for slot, p in held.items() if p == position and p >= 0}
+
+
+def poke_probe(
+    cache: RollingCache, asked: Sequence[Question], *, tokens: Sequence[int]
+) -> Iterator[PokeResult]:
+    """Put every poke to every question, in order, with the ring carried from question to question.
+
+    Where the artifact has two rows, the second is asked while the first idles beside it.
+    """
+    neighbour = cache.acquire() if cache.capacity_rows > 1 else None
+    own = cache.acquire()
+    try:
+        rest = None if neighbour is None else cache.snapshot(neighbour)
+        rows = Rows(cache, own, neighbour, rest)
+        for question in asked:
+            _advance(rows, question, tokens)
+            yield from _put(rows, question, tokens)
+    finally:
+        cache.release(own)
+        if neighbour is not None:
+            cache.release(neighbour)
+
+
+def _advance(rows: Rows, question: Question, tokens: Sequence[int]) -> None:
+    """Feed what lies before the question."""
+    cache, position = rows.cache, rows.cache.position(rows.own)
+    ahead = tokens[position : question.start]
+    if not ahead:
+        return
+    if question.after_padding:
+        room = cache.contract.ring.room_in_chunk(position)
+        cache.append_padded(rows.own, ahead, room, pad_token=tokens[0])
+    else:
+        cache.append(rows.own, ahead)
+
+
+def _put(rows: Rows, question: Question, tokens: Sequence[int]) -> Iterator[PokeResult]:
+    """Run the call clean, then once for each poke; leave the row as it was before."""
+    cache = rows.cache
+    before = cache.snapshot(rows.own)
+    clean = _ask(rows, question, tokens)
+    for poke in pokes(cache.contract.ring, question, neighbours=rows.neighbour is not None):
+        own = before if poke.row == "neighbour" else poked(before, poke)
+        cache.restore(rows.own, own)
+        if rows.neighbour is not None and rows.rest is not None:
+            cache.restore(rows.neighbour, poked(rows.rest, poke) if poke.row == "neighbour" else rows.rest)
+        yield _judge(question, poke, clean=clean, answer=_ask(rows, question, tokens))
+    cache.restore(rows.own, before)
+    if rows.neighbour is not None and rows.rest is not None:
+        cache.restore(rows.neighbour, rows.rest)
+
+
+def _ask(rows: Rows, question: Question, tokens: Sequence[int]) -> Logits:
+    """Logits of the call, [stop - start, V]."""
+    new = tokens[question.start : question.stop]
+    if question.pad_to:
+        return rows.cache.append_padded(rows.own, new, question.pad_to, pad_token=tokens[0], all_logits=True)
+    if question.width == 1:
+        return rows.cache.step({rows.own: new[0]})[rows.own][None]
+    return rows.cache.append(rows.own, new, all_logits=True)
+
+
+def poked(snapshot: RowSnapshot, poke: Poke) -> RowSnapshot:
+    """The snapshot with the poke's slots altered in the keys and values of every layer."""
+    slots = list(poke.slots)
+    rings = []
+    for i, ring in enumerate(snapshot.rings):  # [K, R, D], keys and values in turn
+        altered = ring.copy()
+        if poke.how == "bump":
+            altered[:, slots] += np.asarray(BUMP, ring.dtype)
+        else:
+            size = FLOAT16_KEY_GARBAGE if ring.dtype == np.float16 and i % 2 == 0 else GARBAGE
+            altered[:, slots] = np.resize(np.array([size, -size], ring.dtype), altered[:, slots].shape)
+        rings.append(altered)
+    return replace(snapshot, rings=tuple(rings))
+
+
+def _judge(question: Question, poke: Poke, *, clean: Logits, answer: Logits) -> PokeResult:
+    """Compare bit by bit: every query where nothing may change, the first where something must."""
+    rows = 1 if poke.visible else len(clean)
+    differs = clean[:rows].view(np.uint32) != answer[:rows].view(np.uint32)
+    return PokeResult(question, poke, int(np.count_nonzero(differs)), differs.size)

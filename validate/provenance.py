@@ -1,0 +1,112 @@
+"""What was compared with what, on which machine, and how far it went: the words and hashes of a report."""
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mistral_trt.contract import GraphContract
+from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
+from mistral_trt.validate.gates import TITLES, Gate
+from mistral_trt.validate.poke import late_edge
+from mistral_trt.validate.reference import memory_bytes
+
+_TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
+
+
+def describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "name": manifest.details.get("name", folder.name),
+        "folder": str(folder),
+        "stage": manifest.stage,
+        "manifest_sha256": manifest_sha256(folder),
+        "graph_sha256": manifest.details.get("graph_sha256"),
+        "versions": dict(manifest.versions),
+        **manifest.contract.to_json(),
+    }
+
+
+def describe_reference(source: Checkpoint, contract: GraphContract) -> dict[str, Any]:
+    return {
+        "folder": str(source.folder),
+        "sha256": source.sha256(),
+        "implementation": "Hugging Face MistralForCausalLM, float32, eager attention, one forward, no cache",
+        "sliding_window": contract.ring.sliding_window,
+        "config": source.config.to_json(),
+    }
+
+
+def describe_execution(contract: GraphContract) -> str:
+    """What ran and what did not, in words for the report."""
+    runtime = f"ONNX Runtime {tool_versions('onnxruntime').get('onnxruntime', '')}"
+    engine = "No TensorRT engine was executed: that takes the GPU it was built for."
+    if contract.precision == "bf16":
+        return (
+            f"A float32 twin of the ONNX graph ran in {runtime} on the CPU: the same graph over the same "
+            "weight bytes, widened to float32, because ONNX Runtime has no bfloat16 kernels there. The "
+            f"rounding of bfloat16 activations is therefore not part of these numbers. {engine}"
+        )
+    return f"The ONNX graph ran in {runtime} on the CPU. {engine}"
+
+
+def describe_failure(failure: str | None) -> list[str]:
+    """Why the poke probe stopped, if it did."""
+    return [] if failure is None else [f"The poke probe stopped at a call that failed. {failure}"]
+
+
+def describe_limits(contract: GraphContract, length: int) -> list[str]:
+    """What this run did not reach."""
+    ring = contract.ring
+    if not contract.wraps:
+        return [
+            f"Sequences end at {contract.max_context} tokens, inside the window, so the ring never wraps: "
+            "the poke probe asked slots that hold nothing yet, and the newest token."
+        ]
+    places = {
+        "W": ring.sliding_window,
+        "R": ring.capacity,
+        "2R": 2 * ring.capacity,
+        "3W": 3 * ring.sliding_window,
+    }
+    missed = [f"{name} ({position})" for name, position in places.items() if position >= length]
+    notes = [f"The sequence of {length} tokens ends before {', '.join(missed)}."] if missed else []
+    if late_edge(contract, length) < 2 * ring.capacity:
+        edge = late_edge(contract, length)
+        notes.append(f"The poke probe ran from position {edge}, before the ring had turned twice.")
+    return notes
+
+
+def describe_undecided(gates: Sequence[Gate]) -> list[str]:
+    return [
+        f"{TITLES[gate.metric]} is not gated: that takes {gate.min_positions:,} positions or more."
+        for gate in gates
+    ]
+
+
+def describe_run(command: str, seed: int, *, started: datetime, seconds: float) -> dict[str, Any]:
+    return {
+        "command": command,
+        "seed": seed,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "machine": {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(memory_bytes() / 1e9, 1),
+            "system": platform.platform(),
+        },
+        "versions": tool_versions(*_TOOLS),
+    }
+
+
+def processor_name() -> str:
+    """The processor as the kernel names it, or its architecture where the kernel does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
