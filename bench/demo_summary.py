@@ -13,7 +13,8 @@ QUESTION = "What is gravity?"
 
 def main(run: Path) -> int:
     print(f"\n{run} -> {run.resolve().name}\n")
-    for folder in sorted([*run.glob("onnx-*"), *run.glob("engines/*")]):
+    manifests = sorted([*run.glob("onnx-*/manifest.json"), *run.glob("engines/*/manifest.json")])
+    for folder in (manifest.parent for manifest in manifests):
         files = read_manifest(folder, check_files=False).files.values()
         print(f"  {folder!s:<34}{sum(entry.bytes for entry in files) / 1e6:8.1f} MB")
     for report in sorted(run.glob("report-*/report.json")):
@@ -21,7 +22,7 @@ def main(run: Path) -> int:
     print(f"\n  > {QUESTION}\n  ", end="")
     engine = Engine.load(run / "onnx-fp16")
     messages = [{"role": "user", "content": QUESTION}]
-    for piece in engine.stream(messages=messages, params=SamplingParams(max_tokens=48)):
+    for piece in engine.stream(messages=messages, params=SamplingParams(max_tokens=32)):
         print(piece.text, end="", flush=True)
     print("\n\nThe engine was built and audited here, not executed: that needs its GPU.")
     return 0

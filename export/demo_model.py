@@ -7,12 +7,14 @@ seconds. It was not trained with a window, which matters for its prose past 512 
 """
 
 import argparse
+import io
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -96,7 +98,8 @@ def write_checkpoint(gguf: Path, out: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # a progress bar of its own, which a log cannot show
+        llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     source = llama.config
     config = MistralConfig(
         vocab_size=source.vocab_size,

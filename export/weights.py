@@ -69,7 +69,10 @@ def write_weights(tensors: Mapping[str, StoredTensor], placed: list[PlacedTensor
 
 
 def convert(tensor: StoredTensor, dtype: str) -> Iterator[memoryview]:
-    """The tensor's bytes in `dtype`, rounded to nearest even, in pieces of a few megabytes."""
+    """The tensor's bytes in `dtype`, rounded to nearest even, in pieces of a few megabytes.
+
+    A piece is valid until the next is asked for.
+    """
     source, target = getattr(torch, tensor.dtype), getattr(torch, dtype)
     item = DTYPE_BYTES[tensor.dtype]
     skipped = tensor.offset % mmap.ALLOCATIONGRANULARITY

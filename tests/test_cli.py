@@ -352,3 +352,12 @@ def test_a_stage_runs_as_a_module(stage: str, command: str) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith(f"usage: mistral-trt {command}")
+
+
+def test_the_operating_systems_refusals_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 300)
+    assert main(["identify", str(long)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mistral-trt identify: ") and "File name too long" in line

@@ -48,11 +48,13 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end(
     assert caplog.messages == lines
 
 
-def test_short_work_is_one_line(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_work_that_is_done_is_one_line(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "mistral_trt"), track("work", 3) as advance:
-        for _ in range(3):
-            advance(1)
-    assert caplog.messages == ["work: 3 steps in 0.0 s"]
+        advance(1)
+        advance(1)
+        clock[0] += 50
+        advance(1)
+    assert caplog.messages == ["work: 3 steps in 50.0 s"]
 
 
 @pytest.mark.parametrize(("unit", "shown"), [("bytes", "2.0/2.0 kB"), ("steps", "2000/2000")])

@@ -17,13 +17,14 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.contract import Ring
 from mistral_trt.errors import ArtifactError, ManifestError, ValidationError
 from mistral_trt.export import decoder
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import Logits, RollingCache, Step
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from mistral_trt.validate import report
 from mistral_trt.validate.__main__ import validate
 from mistral_trt.validate.comparison import in_words, validate_artifact
 from mistral_trt.validate.report import Report
@@ -192,6 +193,12 @@ RUNTIME_FAULTS = [
 ]
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a short validation is spent on drawing, which test_report.py looks after."""
+    monkeypatch.setattr(report, "plots", lambda _: {})
+
+
 def failed_gates(folder: Path, checkpoint: Path, out: Path) -> set[str]:
     """Run the command; assert exit status 1 and return the gates that failed."""
     arguments = ["--reference", str(checkpoint), "--out", str(out), "--length", str(LENGTH), "--threads", "1"]
@@ -202,6 +209,7 @@ def failed_gates(folder: Path, checkpoint: Path, out: Path) -> set[str]:
     return {gate["name"] for gate in found["gates"] if not gate["passed"]}
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(("fault", "precision"), list(graph_cases()))
 def test_a_fault_in_the_graph_is_caught(
     fault: Fault, precision: str, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +221,7 @@ def test_a_fault_in_the_graph_is_caught(
     assert (fault.gate or ROUNDING[precision]) in failed
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("fault", RUNTIME_FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_in_the_runtime_is_caught(
@@ -255,20 +264,21 @@ def compare(folder: Path, checkpoint: Path, out: Path, **options: Any) -> Report
     return validate_artifact(folder, reference=checkpoint, out=out, threads=1, **options)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_report_says_what_was_compared(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
     folder, checkpoint = onnx_folder(), tiny_checkpoint()
-    report = compare(folder, checkpoint, tmp_path / "report", length=LENGTH, seed=3)
+    result = compare(folder, checkpoint, tmp_path / "report", length=LENGTH, seed=3)
     manifest = read_manifest(folder)
     found = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report.passed
+    assert result.passed
     assert found["reference"]["sha256"] == manifest.sources["checkpoint"]
     assert found["artifact"]["graph_sha256"] == manifest.details["graph_sha256"]
     assert found["tokens"] == {
         "source": "random tokens, seed 3",
         "count": 100,
-        "sha256": report.tokens.sha256,
+        "sha256": result.tokens.sha256,
     }
     assert found["run"]["command"].endswith("--length 100 --threads 1 --seed 3")
     assert {"torch", "transformers", "onnxruntime"} <= set(found["run"]["versions"])
@@ -276,49 +286,58 @@ def test_the_report_says_what_was_compared(
     assert found["notes"] == ["Top-1 agreement is not gated: that takes 1,000 positions or more."]
 
 
-def test_the_window_that_was_exported_is_the_one_compared(tiny_checkpoint: Folder, tmp_path: Path) -> None:
-    """--sliding-window overrides the checkpoint's, for artifact and reference alike."""
-    checkpoint = tiny_checkpoint(num_hidden_layers=1)
-    export_checkpoint(checkpoint, tmp_path / "onnx", precision="fp32", sliding_window=5, prefill_chunk=3)
-    report = compare(tmp_path / "onnx", checkpoint, tmp_path / "report", length=60)
-    assert report.passed
-    assert report.reference["sliding_window"] == 5
-
-
 def test_a_ring_that_never_wraps_is_validated_to_its_end(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
     shape = {"sliding_window": None, "num_hidden_layers": 1}
     folder = onnx_folder(max_context=50, **shape)
-    report = compare(folder, tiny_checkpoint(**shape), tmp_path / "report")
-    assert report.passed
-    assert len(report.tokens.ids) == 50
-    assert "the ring never wraps" in report.notes[0]
-    assert {probe.name for probe in report.probes} == {"C-1", "C", "C+1", "end"}
-    asked = {result.poke.name for result in report.pokes}
+    result = compare(folder, tiny_checkpoint(**shape), tmp_path / "report")
+    assert result.passed
+    assert len(result.tokens.ids) == 50
+    assert "the ring never wraps" in result.notes[0]
+    assert {probe.name for probe in result.probes} == {"C-1", "C", "C+1", "end"}
+    asked = {result.poke.name for result in result.pokes}
     assert "slots never written" in asked
     assert "q-W, just outside it" not in asked
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_short_run_says_what_it_did_not_reach(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
-    report = compare(onnx_folder(), tiny_checkpoint(), tmp_path / "r", length=13)
-    assert "ends before 2R (24), 3W (24)" in report.notes[0]
-    assert "before the ring had turned twice" in report.notes[1]
+    result = compare(onnx_folder(), tiny_checkpoint(), tmp_path / "r", length=13)
+    assert "ends before 2R (24), 3W (24)" in result.notes[0]
+    assert "before the ring had turned twice" in result.notes[1]
 
 
-def test_text_is_read_where_there_is_a_tokenizer(tmp_path: Path) -> None:
-    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "ck", vocab_size=259, num_hidden_layers=1))
-    export_checkpoint(checkpoint, tmp_path / "onnx", precision="fp32", prefill_chunk=4)
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint with a tokenizer, W = 8, and its ONNX folder, exported with W = 5."""
+    root = tmp_path_factory.mktemp("reader")
+    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259, num_hidden_layers=1))
+    export_checkpoint(checkpoint, root / "onnx", precision="fp32", sliding_window=5, prefill_chunk=3)
+    return root / "onnx", checkpoint
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_text_is_read_where_there_is_a_tokenizer(reader: tuple[Path, Path], tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("To be, or not to be, that is the question.")
-    read = compare(tmp_path / "onnx", checkpoint, tmp_path / "report", length=30, text=own)
-    default = compare(tmp_path / "onnx", checkpoint, tmp_path / "report", length=30)
+    read = compare(*reader, tmp_path / "report", length=30, text=own)
+    default = compare(*reader, tmp_path / "report", length=30)
     assert read.passed
     assert read.tokens.source == "text: own.txt"
     assert default.tokens.source == "text: Moby-Dick, chapters 1 and 2"
     assert f"--text {own}" in read.run["command"]
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_window_that_was_exported_is_the_one_compared(reader: tuple[Path, Path], tmp_path: Path) -> None:
+    """--sliding-window overrides the checkpoint's, for artifact and reference alike."""
+    result = compare(*reader, tmp_path / "report", length=60)
+    assert result.passed
+    assert result.reference["sliding_window"] == 5
+    assert result.reference["config"]["sliding_window"] == 8
 
 
 def test_text_without_a_tokenizer_is_refused(
@@ -367,6 +386,7 @@ def test_an_engine_is_not_run_here(onnx_folder: Folder, tiny_checkpoint: Folder,
         compare(engine, tiny_checkpoint(), tmp_path / "report")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_report_replaces_a_report_and_nothing_else(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
 ) -> None:
@@ -415,10 +435,10 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     assert len(short) < 260
 
 
-def test_the_contract_of_faults_is_itself_healthy(tiny_checkpoint: Folder, tmp_path: Path) -> None:
-    """The export that the faults are planted into passes when none is planted."""
-    checkpoint = tiny_checkpoint(num_hidden_layers=1)
-    export_checkpoint(checkpoint, tmp_path / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=1)
-    report = compare(tmp_path / "onnx", checkpoint, tmp_path / "r", length=LENGTH)
-    assert report.passed
-    assert isinstance(report.contract, GraphContract)
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
+def test_what_the_faults_are_planted_into_is_healthy(
+    onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
+) -> None:
+    folder = onnx_folder(num_hidden_layers=1, max_batch_size=1)
+    assert compare(folder, tiny_checkpoint(num_hidden_layers=1), tmp_path / "r", length=LENGTH).passed

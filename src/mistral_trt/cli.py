@@ -58,6 +58,9 @@ def run(command: str, arguments: list[str]) -> int:
     except BrokenPipeError:  # `| head` has read enough; what Python still holds goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a path that is too long, may not be read, is a folder, …
+        print(f"mistral-trt {command}: {error}", file=sys.stderr)
+        return 2
 
 
 def load(module: str) -> object:

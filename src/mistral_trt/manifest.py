@@ -111,7 +111,9 @@ def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool =
         )
     manifest = _parse(path, repair)
     if stage is not None and manifest.stage != stage:
-        raise ManifestError(f"{folder}: expected an {stage} folder, found an {manifest.stage} folder")
+        raise ManifestError(
+            f"{folder}: expected an {stage} folder, found an {manifest.stage} folder; make one with: {repair}"
+        )
     for name, entry in manifest.files.items():
         _check_file(folder / name, entry, check_hash=check_files, repair=repair)
     return manifest
