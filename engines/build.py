@@ -31,11 +31,17 @@ from mistral_trt.engines.flavor import AUTO, RTX, Flavor, choose_flavor
 from mistral_trt.engines.gpu import GpuTarget, check_precision, find_gpu
 from mistral_trt.engines.network import add_profiles, one_line, parse_network
 from mistral_trt.errors import BuildError, ManifestError
-from mistral_trt.manifest import Manifest, describe_files, manifest_sha256, read_manifest, tool_versions
+from mistral_trt.manifest import (
+    GRAPH_NAME,
+    Manifest,
+    describe_files,
+    manifest_sha256,
+    read_manifest,
+    tool_versions,
+)
 from mistral_trt.progress import note, track
 
 PLAN_NAME = "model.plan"
-ONNX_NAME = "model.onnx"
 
 _CARRIED = ("name", "graph_sha256", "text_files", "generation")
 _T = TypeVar("_T")
@@ -69,7 +75,7 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
     note(f"{target.name} ({target.sm}), {chosen.name} {trt.__version__}: {describe(budget)}")
     with new_artifact(out) as folder:
         with (folder / PLAN_NAME).open("wb") as file:
-            plan = build_plan(trt, onnx_dir / ONNX_NAME, source.contract, target, chosen, file)
+            plan = build_plan(trt, onnx_dir / GRAPH_NAME, source.contract, target, chosen, file)
         warn_of_copies(plan)
         for name in carried["text_files"]:
             shutil.copyfile(onnx_dir / name, folder / name)

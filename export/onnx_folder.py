@@ -12,10 +12,9 @@ from mistral_trt.errors import ArtifactError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
 from mistral_trt.export.graph import build_graph, graph_sha256
 from mistral_trt.export.weights import DATA_NAME, bind_weights, data_bytes, place_tensors, write_weights
-from mistral_trt.manifest import Manifest, describe_files, tool_versions
+from mistral_trt.manifest import GRAPH_NAME, Manifest, describe_files, tool_versions
 from mistral_trt.progress import note
 
-MODEL_NAME = "model.onnx"
 _SPARE_BYTES = 64 << 20
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -53,7 +52,7 @@ def export_checkpoint(
         model = build_graph(contract)
         bind_weights(model, placed)
         proto = ir.to_proto(model)
-        (folder / MODEL_NAME).write_bytes(proto.SerializeToString(deterministic=True))
+        (folder / GRAPH_NAME).write_bytes(proto.SerializeToString(deterministic=True))
         data_sha256 = write_weights(source.tensors, placed, folder / DATA_NAME)
         for path in texts:
             shutil.copyfile(path, folder / path.name)

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_trt.errors import EngineMismatchError, GenerationError, NonFiniteLogitsError, require
-from mistral_trt.manifest import Manifest, read_manifest
+from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.generate import FinishReason, Request, run_requests
 from mistral_trt.runtime.sampling import SamplingParams
 from mistral_trt.runtime.tokenizer import Message, Tokenizer
-
-MODEL_NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -173,4 +171,4 @@ def _open_backend(folder: Path, manifest: Manifest, threads: int | None) -> Roll
             "not execute them. Run the ONNX folder it was built from, or the engine with TensorRT's own tools"
         )
     module = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
-    return RollingCache(module.OnnxRuntimeBackend(folder / MODEL_NAME, manifest.contract, threads=threads))
+    return RollingCache(module.OnnxRuntimeBackend(folder / GRAPH_NAME, manifest.contract, threads=threads))

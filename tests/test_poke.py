@@ -1,12 +1,15 @@
 """The poke probe: what it asks, and that its answers are exact on a healthy artifact and wrong on others."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_trt.contract import Ring
-from mistral_trt.runtime.cache import RollingCache, RowSnapshot
+from mistral_trt.errors import NonFiniteLogitsError
+from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.validate.poke import (
     FLOAT16_KEY_GARBAGE,
@@ -117,6 +120,23 @@ def test_every_alteration_would_be_noticed_if_it_were_visible(onnx_folder: Folde
         cache.restore(row, poked(before, Poke("", (7,), False, how)))
         assert np.any(cache.step({row: 5})[row] != clean)
     cache.release(row)
+
+
+def test_an_overflow_is_an_answer_not_a_failure(onnx_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that should be hidden may, if it is seen, drive float16 to infinity."""
+    cache = open_cache(onnx_folder())
+    step = RollingCache.step
+    calls = itertools.count()
+
+    def overflow(self: RollingCache, tokens: dict[int, int]) -> dict[int, Logits]:
+        if next(calls) == 1:
+            raise NonFiniteLogitsError(list(tokens), {})
+        return step(self, tokens)
+
+    monkeypatch.setattr(RollingCache, "step", overflow)
+    results = list(poke_probe(cache, [Question(1, 2)], tokens=TOKENS))
+    assert [result.changed for result in results[:2]] == [97, 0]
+    assert cache.free_rows == cache.capacity_rows
 
 
 def test_alterations_touch_their_slots_in_every_ring_and_nothing_else() -> None:

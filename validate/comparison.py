@@ -13,10 +13,10 @@ import numpy as np
 from mistral_trt.artifact import new_artifact
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.manifest import Manifest, read_manifest
+from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
 from mistral_trt.progress import Advance, note, track
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.engine import MODEL_NAME, open_cache
+from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.tokenizer import Tokenizer
 from mistral_trt.validate import gates as table
@@ -177,7 +177,7 @@ def open_artifact(job: Job, manifest: Manifest) -> Iterator[RollingCache]:
         yield open_cache(job.folder, threads=job.threads, trust_weights=True)
         return
     note("bf16: making the float32 twin")
-    with float32_twin(job.folder / MODEL_NAME, manifest.contract) as (path, contract):
+    with float32_twin(job.folder / GRAPH_NAME, manifest.contract) as (path, contract):
         yield RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
 
 

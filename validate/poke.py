@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.errors import NonFiniteLogitsError
 from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
 
 BUMP = 3.0
@@ -53,7 +54,7 @@ class Question:
 class Poke:
     """Slots to alter before a call, and whether the call may notice.
 
-    slots: ring indices.  how: "bump" adds 3.0, "garbage" writes ±1e4.  row: whose ring.
+    slots: ring indices.  how: "bump" adds 3.0, "garbage" writes ±1e4 (float16 keys: ±100).  row: whose ring.
     """
 
     name: str
@@ -133,10 +134,10 @@ def pokes(ring: Ring, question: Question, *, neighbours: bool = False) -> list[P
         named["every hidden slot"] = hidden
     found = [Poke(name, tuple(sorted(slots)), not slots <= hidden) for name, slots in named.items() if slots]
     if hidden:
-        found.append(Poke("every hidden slot, ±1e4", tuple(sorted(hidden)), False, "garbage"))
+        found.append(Poke("every hidden slot, garbage", tuple(sorted(hidden)), False, "garbage"))
     if neighbours and question.width == 1:
         every = tuple(range(ring.capacity))
-        found.append(Poke("a neighbour's whole ring, ±1e4", every, False, "garbage", "neighbour"))
+        found.append(Poke("a neighbour's whole ring, garbage", every, False, "garbage", "neighbour"))
     return found
 
 
@@ -212,7 +213,11 @@ def _put(rows: Rows, question: Question, tokens: Sequence[int]) -> Iterator[Poke
         cache.restore(rows.own, own)
         if rows.neighbour is not None and rows.rest is not None:
             cache.restore(rows.neighbour, poked(rows.rest, poke) if poke.row == "neighbour" else rows.rest)
-        yield _judge(question, poke, clean=clean, answer=_ask(rows, question, tokens))
+        try:
+            answer = _ask(rows, question, tokens)
+        except NonFiniteLogitsError:  # it saw what was put there, and overflowed
+            answer = np.full_like(clean, np.nan)
+        yield _judge(question, poke, clean=clean, answer=answer)
     cache.restore(rows.own, before)
     if rows.neighbour is not None and rows.rest is not None:
         cache.restore(rows.neighbour, rows.rest)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
-from mistral_trt.runtime.engine import MODEL_NAME
+from mistral_trt.manifest import GRAPH_NAME
 
 NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -27,9 +27,9 @@ def float32_twin(model_path: Path, contract: GraphContract) -> Iterator[tuple[Pa
     Raises ValidationError if the disk is full or a bfloat16 type is left over.
     """
     with tempfile.TemporaryDirectory(prefix="mistral-trt-twin-") as folder:
-        path = Path(folder) / MODEL_NAME
+        path = Path(folder) / GRAPH_NAME
         try:
-            ir.save(widen(ir.load(model_path)), path, external_data=f"{MODEL_NAME}.data")
+            ir.save(widen(ir.load(model_path)), path, external_data=f"{GRAPH_NAME}.data")
         except OSError as error:
             raise ValidationError(
                 f"the float32 twin of this bf16 artifact cannot be written to {folder}: "

@@ -20,6 +20,9 @@ from mistral_trt.errors import ConfigError, ManifestError
 
 FORMAT_VERSION = 1
 
+GRAPH_NAME = "model.onnx"
+"""The decode graph of an ONNX folder."""
+
 STAGES = {
     "onnx": "mistral-trt export CHECKPOINT --out {folder}",
     "engine": "mistral-trt build ONNX_DIR --gpu GPU --out {folder}",
