@@ -11,25 +11,33 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 PYTHON ?= python3
 DEMO_MODEL := build/models/smollm2-135m-instruct
-MODEL ?= $(DEMO_MODEL)
-GPU ?= a10g
-PRECISION ?= fp16
-FLAVOR ?= auto
+# Set these on make's command line. A variable of that name in the environment is not ours (GNU screen sets
+# WINDOW, for one) and does not count.
+MODEL = $(DEMO_MODEL)
+GPU = a10g
+PRECISION = fp16
+FLAVOR = auto
 # Left empty, these keep the checkpoint's window and the defaults of `mistral-trt export`.
-WINDOW ?=
-CHUNK ?=
-MAX_BATCH ?=
-MAX_CONTEXT ?=
+WINDOW =
+CHUNK =
+MAX_BATCH =
+MAX_CONTEXT =
+RUN =
 
 BIN := .venv/bin
 READY := .venv/.ready
 CLI := $(BIN)/mistral-trt
 GPUS := $(sort $(basename $(notdir $(wildcard engines/gpus/*.toml))))
 
+override GPU := $(shell printf '%s' '$(GPU)' | tr 'A-Z' 'a-z')
+
 ifneq ($(filter engine,$(MAKECMDGOALS)),)
-  ifeq ($(filter $(GPU),$(GPUS)),)
+  ifneq ($(words $(GPU)) $(filter $(GPU),$(GPUS)),1 $(GPU))
     $(error unknown GPU '$(GPU)'; known: $(GPUS))
   endif
+endif
+ifeq ($(strip $(MODEL)),)
+  $(error MODEL is empty; expected a checkpoint folder)
 endif
 
 .PHONY: help demo engine report onnx test test-all lint gpus bench clean .engine .report .onnx
@@ -97,20 +105,23 @@ $(READY): requirements.lock pyproject.toml
 # ---------------------------------------------------------------- the pipeline, inside one RUN folder
 # RUN is build/<name>-<first 8 of the checkpoint's hash>: another checkpoint is another folder.
 
-ifdef RUN
+ifeq ($(RUN),)
+.NOTPARALLEL: # two goals may want one folder
+else
 SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))
 EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
   $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT))
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
 ENGINE := $(RUN)/engines/$(GPU)-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))
 REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
+PASSED := $(RUN)/.report-$(PRECISION)$(SUFFIX).passed
 CORE := $(wildcard src/mistral_trt/*.py)
 
 .onnx: $(ONNX)/manifest.json
 	@echo $(ONNX)
 .engine: $(ENGINE)/manifest.json
 	@echo $(ENGINE)
-.report: $(REPORT)/passed
+.report: $(PASSED)
 	@echo $(REPORT)/report.html
 
 $(ONNX)/manifest.json: $(wildcard export/*.py) $(CORE)
@@ -120,7 +131,10 @@ $(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/
 	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
-$(REPORT)/passed: $(ONNX)/manifest.json $(wildcard validate/* runtime/*.py)
-	@$(CLI) validate $(ONNX) --reference '$(MODEL)' --out $(@D) | tail -n 1
+$(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)
+	@$(CLI) validate $(ONNX) --reference '$(MODEL)' --out $(REPORT) | tail -n 1
 	@touch $@
+
+.PHONY: .again
+.again:
 endif

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mistral_trt.errors import MistralTrtError
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import Engine, SamplingParams
 
@@ -38,4 +39,7 @@ def worst(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    try:
+        sys.exit(main(Path(sys.argv[1])))
+    except MistralTrtError as error:
+        sys.exit(f"{error}\nor remove {Path(sys.argv[1]).resolve()} and run make again")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from mistral_trt.artifact import free_disk_bytes, new_artifact
+from mistral_trt.artifact import free_disk_bytes, new_artifact, require_apart
 from mistral_trt.contract import GraphContract
 from mistral_trt.engines.budget import (
     Budget,
@@ -66,6 +66,7 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
     gpu: key, name or alias from the catalogue.  flavor: see `flavor.choose_flavor`.
     Raises GpuError, BuildError, ManifestError, ArtifactError or MissingDependencyError.
     """
+    require_apart(out, onnx_dir)
     source = read_manifest(onnx_dir, "onnx", check_files=False)
     target, chosen = check_target(gpu, source.contract.precision, flavor)
     trt = chosen.load()

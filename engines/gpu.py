@@ -140,6 +140,9 @@ def find_gpu(name: str, catalogue: Mapping[str, GpuTarget] | None = None) -> Gpu
 
 def check_precision(gpu: GpuTarget, precision: str) -> None:
     """Raise if an engine of this precision cannot be built (BuildError) or not for this GPU (GpuError)."""
+    known = [*_LOWEST_CAPABILITY, *_UNBUILDABLE]
+    if precision not in known:
+        raise BuildError(f"precision must be one of {', '.join(known)}, found {precision!r}")
     if precision in _UNBUILDABLE:
         raise BuildError(
             f"an engine cannot be built in {precision}: {_UNBUILDABLE[precision]}; "

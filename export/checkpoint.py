@@ -96,6 +96,8 @@ class Checkpoint:
 
 def require_folder(folder: Path) -> None:
     """Raise CheckpointError unless `folder` exists; a hub ID gets the command that downloads it."""
+    if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is a hub cache; pass one of the folders in {folder / 'snapshots'}")
     if folder.is_dir():
         return
     if folder.exists():
@@ -104,7 +106,7 @@ def require_folder(folder: Path) -> None:
         local = Path("models") / folder.name
         raise CheckpointError(
             f"{folder} is not a folder here; if it is a hub ID, download it with: "
-            f"hf download {folder} --local-dir {local}   and pass {local}"
+            f"hf download {folder} --local-dir {local} --exclude '*.bin' 'consolidated*'   and pass {local}"
         )
     raise CheckpointError(f"{folder} does not exist; expected a checkpoint folder with config.json")
 

@@ -20,10 +20,9 @@ from onnxscript import optimizer
 
 from mistral_trt.contract import GraphContract, TensorSpec
 from mistral_trt.errors import ExportError
+from mistral_trt.export.checkpoint import EMBEDDING, LM_HEAD
 from mistral_trt.export.decoder import ONNX_OPSET, Decoder
 
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 _FOLD_LIMIT_ELEMENTS = 1 << 16
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mistral_trt.artifact import free_disk_bytes, new_artifact
+from mistral_trt.artifact import free_disk_bytes, new_artifact, require_apart
 from mistral_trt.contract import GraphContract, plan_contract
 from mistral_trt.errors import ArtifactError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
@@ -34,6 +34,7 @@ def export_checkpoint(
     sliding_window: overrides the checkpoint's W.  max_context: see `contract.plan_contract`.
     Raises ConfigError, CheckpointError, ExportError or ArtifactError.
     """
+    require_apart(out, checkpoint)
     source = Checkpoint.open(checkpoint)
     contract = plan_contract(
         source.config,

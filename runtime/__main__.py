@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mistral_trt.cli import run
+from mistral_trt.progress import note
 from mistral_trt.runtime.engine import Engine, Piece
 from mistral_trt.runtime.sampling import SamplingParams
 
@@ -59,6 +60,8 @@ def _show(pieces: Iterable[Piece]) -> str:
     for piece in pieces:
         shown.append(piece.text)
         print(piece.text, end="", flush=True)
+        if piece.finish_reason == "context":
+            note("the text ends here: the artifact's max_context is reached")
     print()
     return "".join(shown)
 

@@ -69,7 +69,8 @@ class RollingCache:
         self._backend = backend
         self.contract = backend.contract
         self._positions: dict[int, int] = {}
-        self._poisoned: set[int] = set()
+        self._poisoned: set[int] = set()  # produced NaN or infinity: the sequence has failed
+        self._tainted: set[int] = set()  # did so while idle: its next token overwrites the slot
         self._turn = threading.Condition()
 
     @property
@@ -103,9 +104,10 @@ class RollingCache:
         """End a sequence. A row that held NaN or infinity is zeroed: a mask cannot hide those."""
         with self._turn:
             self._require_active(row)
-            if row in self._poisoned:
+            if row in self._poisoned or row in self._tainted:
                 self._backend.write_row(row, None)
                 self._poisoned.discard(row)
+                self._tainted.discard(row)
             del self._positions[row]
             self._turn.notify_all()
 
@@ -169,6 +171,8 @@ class RollingCache:
             logits = self._run(ids, positions, [[0]] * batch, first_row=0)
             for row in tokens:
                 self._positions[row] += 1
+            idle = [row for row in self._positions if row < batch and row not in tokens]
+            self._tainted.update(row for row in idle if not np.isfinite(logits[row]).all())
         return self._finite({row: logits[row, 0] for row in tokens})
 
     def batch_for(self, highest_row: int) -> int:

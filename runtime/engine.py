@@ -144,8 +144,8 @@ class Engine:
         if not params.ignore_eos:
             ends |= set(generation.get("eos_token_ids", ()))
         request = Request(tokens, params, frozenset(ends))
-        if reason := self.manifest.contract.check_position(len(tokens) - 1, allow_long=allow_long):
-            raise GenerationError(f"the prompt has {len(tokens)} tokens: {reason}")
+        if reason := self.manifest.contract.check_position(len(tokens), allow_long=allow_long):
+            raise GenerationError(f"the prompt has {len(tokens)} tokens, the first new one: {reason}")
         return request
 
     def _output(self, request: Request) -> Output:

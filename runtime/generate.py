@@ -89,7 +89,7 @@ def _limit(cache: RollingCache, request: Request, position: int) -> FinishReason
     if len(request.tokens) >= request.params.max_tokens:
         return "length"
     limit = cache.contract.max_context
-    return "context" if limit is not None and position >= limit else None
+    return "context" if limit is not None and position + 1 >= limit else None
 
 
 def _end(cache: RollingCache, live: dict[int, int], row: int) -> Iterator[tuple[int, None]]:

@@ -81,6 +81,8 @@ class OnnxRuntimeBackend:
 
 def open_session(model_path: Path, threads: int | None) -> ort.InferenceSession:
     """An ONNX Runtime CPU session. Raises EngineMismatchError if the graph cannot be loaded."""
+    if threads is not None and threads < 1:
+        raise EngineMismatchError(f"threads must be at least 1, found {threads}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

@@ -65,11 +65,12 @@ def candidates(
 
     Probabilities are those after top_k, before top_p cut the tail: they need not sum to 1.
     """
-    scaled = logits.astype(np.float64) / params.temperature
-    order = np.argsort(-scaled, kind="stable")
+    order = np.argsort(-logits, kind="stable")
     if params.top_k:
         order = order[: params.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
+    below = logits[order].astype(np.float64) - float(logits[order[0]])
+    with np.errstate(over="ignore"):  # a tiny temperature: everything but the most likely goes to zero
+        weights = np.exp(below / params.temperature)
     probabilities = weights / weights.sum()
     if params.top_p < 1:
         kept = int(np.searchsorted(np.cumsum(probabilities), params.top_p, side="left")) + 1

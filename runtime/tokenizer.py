@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tokenizers.decoders import DecodeStream
 from mistral_trt.errors import GenerationError, ManifestError
 
 Message = Mapping[str, Any]
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
@@ -39,33 +42,44 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(path))
             config_path = folder / "tokenizer_config.json"
             config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+            template = _find_template(folder, config)
         except Exception as error:  # tokenizers raises plain Exception
             raise ManifestError(f"{folder}: the tokenizer cannot be read: {error}") from error
-        return cls(fast, config, _find_template(folder, config))
+        # A tokenizer saved while training carries its cut and its padding; a prompt is neither.
+        fast.no_truncation()
+        fast.no_padding()
+        return cls(fast, config, template)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the beginning-of-text token where the model uses one."""
-        return list(self._fast.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to answer."""
-        return list(self._fast.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The conversation in the model's own format. Raises GenerationError without a template."""
         if self._template is None:
             raise GenerationError("this model has no chat template; pass a prompt instead of messages")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        special = {name: _text(self._config.get(name)) for name in _SPECIAL_TOKENS}
         try:
             return environment.from_string(self._template).render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                bos_token=_text(self._config.get("bos_token")),
-                eos_token=_text(self._config.get("eos_token")),
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and raises what programs raise
             raise GenerationError(f"the chat template refused these messages: {error}") from error
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:  # half a surrogate pair: what Python makes of bytes that are not UTF-8
+            raise GenerationError("the prompt is not valid text (UTF-8)") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -89,6 +103,8 @@ class StreamDecoder:
 
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"tokenizer_config.json must hold an object, found {type(config).__name__}")
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")

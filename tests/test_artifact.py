@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, whoever is killed, in the way, or there already."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from mistral_trt.artifact import MANIFEST_NAME, cache_folder, new_artifact, write_file
+from mistral_trt.artifact import MANIFEST_NAME, cache_folder, new_artifact, require_apart, write_file
 from mistral_trt.errors import ArtifactError
+
+MARKER = json.dumps({"files": ["file.txt"]})
 
 
 def make(out: Path, text: str = "content", marker: str = MANIFEST_NAME) -> None:
     with new_artifact(out, marker) as folder:
         (folder / "file.txt").write_text(text)
-        (folder / marker).write_text("{}")
+        (folder / marker).write_text(MARKER)
 
 
 def left_beside(out: Path) -> list[str]:
@@ -66,11 +69,33 @@ def test_a_failed_run_leaves_what_was_there(tmp_path: Path, error: type[BaseExce
 def test_an_artifact_of_ours_is_replaced_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(out, "old")
-    (out / "extra.txt").write_text("of the old one")
     make(out, "new")
     assert sorted(p.name for p in out.iterdir()) == ["file.txt", MANIFEST_NAME]
     assert (out / "file.txt").read_text() == "new"
     assert left_beside(out) == []
+
+
+@pytest.mark.parametrize("marker", [MARKER, "{}", "[]", "not JSON", '{"files": 3}'])
+def test_a_file_that_the_marker_does_not_list_is_not_thrown_away(tmp_path: Path, marker: str) -> None:
+    """Other programs write a manifest.json too, and people put their own files beside ours."""
+    out = tmp_path / "out"
+    make(out, "old")
+    (out / MANIFEST_NAME).write_text(marker)
+    (out / "a thesis.txt").write_text("years")
+    with pytest.raises(ArtifactError, match="holds 'a thesis.txt', which its manifest.json does not list"):
+        make(out, "new")
+    assert (out / "a thesis.txt").read_text() == "years"
+    assert (out / "file.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("out", ["in", ".", "in/../in", "link"])
+def test_an_output_may_not_replace_its_input(tmp_path: Path, out: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ArtifactError, match="holds the input .*; choose another --out"):
+        require_apart(tmp_path / out, tmp_path / "in")
+    require_apart(tmp_path / "in" / "below", tmp_path / "in")
+    require_apart(tmp_path / "beside", tmp_path / "in")
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
@@ -158,7 +183,7 @@ def test_two_runs_at_once_and_the_second_is_turned_away(tmp_path: Path) -> None:
             make(out, "second")
         make(tmp_path / "other")
         (folder / "file.txt").write_text("first")
-        (folder / MANIFEST_NAME).write_text("{}")
+        (folder / MANIFEST_NAME).write_text(MARKER)
     assert (out / "file.txt").read_text() == "first"
     make(out, "third")
     assert (out / "file.txt").read_text() == "third"

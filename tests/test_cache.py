@@ -159,6 +159,19 @@ def test_a_poisoned_row_fails_alone_and_is_clean_for_its_next_sequence(
     np.testing.assert_allclose(found, expected, atol=3e-2)
 
 
+def test_nan_of_an_idle_row_does_not_outlive_its_sequence(exact: RollingCache) -> None:
+    """An idle row is fed a token of its own; what that leaves behind must go with the sequence."""
+    idle, busy = exact.acquire(), exact.acquire()
+    exact.append(idle, TOKENS[:9])
+    exact.restore(idle, poke(exact.snapshot(idle), [3], lambda x: np.full_like(x, np.nan)))
+    exact.step({busy: 1})  # covers the idle row too
+    exact.release(idle)
+    assert exact.acquire() == idle
+    assert all(np.isfinite(ring).all() for ring in exact.snapshot(idle).rings)
+    exact.release(idle)
+    exact.release(busy)
+
+
 def test_a_poisoned_row_left_unzeroed_would_stay_sick(exact: RollingCache) -> None:
     """Why `release` zeroes: a mask hides numbers, not NaN."""
     row = exact.acquire()

@@ -219,9 +219,15 @@ def test_a_hub_id_is_answered_with_the_command_that_downloads_it() -> None:
         Checkpoint.open(Path("mistralai/Mistral-7B-v0.1"))
     assert "is not a folder here; if it is a hub ID, download it with: hf download" in str(caught.value)
     assert (
-        "hf download mistralai/Mistral-7B-v0.1 --local-dir models/Mistral-7B-v0.1   "
-        "and pass models/Mistral-7B-v0.1"
+        "hf download mistralai/Mistral-7B-v0.1 --local-dir models/Mistral-7B-v0.1 "
+        "--exclude '*.bin' 'consolidated*'   and pass models/Mistral-7B-v0.1"
     ) in str(caught.value)
+
+
+def test_a_hub_caches_root_is_answered_with_its_snapshots(tmp_path: Path) -> None:
+    (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="is a hub cache; pass one of the folders in .*snapshots"):
+        Checkpoint.open(tmp_path / "models--a--b")
 
 
 def test_a_file_is_no_checkpoint_folder(source: Path) -> None:

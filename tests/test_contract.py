@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mistral_trt.config import ModelConfig
 from mistral_trt.contract import (
+    POSITION_ACCURATE_LIMIT,
     POSITION_LIMIT,
-    POSITION_WARN_LIMIT,
     GraphContract,
     Ring,
     TensorSpec,
@@ -222,8 +222,12 @@ def test_limits_are_checked(changes: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("max_context", "position", "words"),
     [
-        (None, POSITION_WARN_LIMIT - 1, None),
-        (None, POSITION_WARN_LIMIT, "past 2**20, where rotary angles lose accuracy; pass allow_long=True"),
+        (None, POSITION_ACCURATE_LIMIT - 1, None),
+        (
+            None,
+            POSITION_ACCURATE_LIMIT,
+            "past 2**20, where rotary angles lose accuracy; pass allow_long=True",
+        ),
         (None, POSITION_LIMIT, "past 2**24, where float32 rotary angles stop counting"),
         (16, 15, None),
         (16, 16, "max_context of 16 tokens; export again with a larger --max-context"),

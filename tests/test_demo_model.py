@@ -133,9 +133,6 @@ def alter(path: Path) -> None:
 ALTERATIONS: dict[str, Callable[[Path], object]] = {
     "weights altered": lambda out: alter(out / "model.safetensors"),
     "config removed": lambda out: (out / "config.json").unlink(),
-    "a file added": lambda out: alter(out / "tokenizer.json"),
-    "origin damaged": lambda out: alter(out / ORIGIN),
-    "origin a list": lambda out: (out / ORIGIN).write_text("[]"),
 }
 
 
@@ -151,6 +148,25 @@ def test_an_altered_checkpoint_is_made_again(
     assert (tmp_path / "demo" / "model.safetensors").read_bytes() == b"weights"
     write_demo_model(tmp_path / "demo")
     assert len(expanded) == 2
+
+
+STRANGERS: dict[str, Callable[[Path], object]] = {
+    "a file added": lambda out: alter(out / "notes.txt"),
+    "origin damaged": lambda out: alter(out / ORIGIN),
+    "origin a list": lambda out: (out / ORIGIN).write_text("[]"),
+}
+
+
+@pytest.mark.usefixtures("expanded")
+@pytest.mark.parametrize("change", STRANGERS.values(), ids=STRANGERS)
+def test_what_its_origin_does_not_list_is_not_thrown_away(
+    wheel: bytes, pip: Pip, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    pip(wheel)
+    write_demo_model(tmp_path / "demo")
+    change(tmp_path / "demo")
+    with pytest.raises(ArtifactError, match="which its ORIGIN.json does not list, so it is not replaced"):
+        write_demo_model(tmp_path / "demo")
 
 
 @pytest.mark.usefixtures("expanded")

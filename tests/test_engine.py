@@ -1,11 +1,14 @@
 """The embedded runtime as a service sees it: prompts in, text out, errors that say what to do."""
 
 import json
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.errors import EngineMismatchError, GenerationError, ManifestError, NonFiniteLogitsError
 from mistral_trt.export.onnx_folder import export_checkpoint
@@ -180,16 +183,15 @@ def test_a_prompt_past_the_context_is_refused_and_a_text_ends_there(tmp_path: Pa
     checkpoint = write_tokenizer(write_checkpoint(tmp_path / "c", vocab_size=259, sliding_window=None))
     export_checkpoint(checkpoint, tmp_path / "o", precision="fp32", prefill_chunk=4, max_context=12)
     engine = Engine.load(tmp_path / "o")
-    with pytest.raises(GenerationError, match="the prompt has 21 tokens.*max_context of 12"):
-        engine.stream("x" * 20)
+    for count in (20, 11):  # one beginning-of-text token, and room for at least one new
+        with pytest.raises(GenerationError, match=f"the prompt has {count + 1} tokens.*max_context of 12"):
+            engine.stream("x" * count)
     output = engine.generate(["x" * 5], SamplingParams(max_tokens=50, ignore_eos=True))[0]
     assert output.finish_reason == "context"
-    assert 6 + len(output.tokens) == 13  # the last token was sampled, and could not be fed back
+    assert 6 + len(output.tokens) == 12
 
 
 def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     data = bytearray((copy / "model.onnx.data").read_bytes())
@@ -201,9 +203,8 @@ def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path
 
 
 def test_an_engine_folder_says_what_to_run_instead(folder: Path, tmp_path: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"stage": "engine", "files": {}, "details": {"gpu_name": "NVIDIA A10G"}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    made = read_manifest(folder)
+    replace(made, stage="engine", files={}, details={"gpu_name": "NVIDIA A10G"}).write(tmp_path)
     assert read_manifest(tmp_path).stage == "engine"
     with pytest.raises(EngineMismatchError, match=r"TensorRT engine for NVIDIA A10G.*Run the ONNX folder"):
         Engine.load(tmp_path)
@@ -221,8 +222,6 @@ def test_an_artifact_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
 
 
 def test_chat_templates_run_in_a_sandbox(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(folder, tmp_path / "t")
     template = tmp_path / "t" / "chat_template.jinja"
     for text, words in [
@@ -239,6 +238,56 @@ def test_chat_templates_run_in_a_sandbox(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
     with pytest.raises(ManifestError, match="tokenizer cannot be read"):
         Tokenizer.from_folder(tmp_path / "t")
+
+
+def test_a_tokenizers_stored_cut_and_padding_do_not_touch_a_prompt(tmp_path: Path) -> None:
+    """Training code saves them; a prompt that is silently cut to 8 tokens answers another question."""
+    folder = write_tokenizer(tmp_path)
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=12)
+    fast.save(str(folder / "tokenizer.json"))
+    assert len(fast.encode("x" * 30).ids) == 12
+    tokenizer = Tokenizer.from_folder(folder)
+    assert len(tokenizer.encode("x" * 30)) == 31
+    assert len(tokenizer.encode("x")) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "one"),
+        ("{% if tools is not none %}{{ tools | tojson }}{% endif %}plain", "plain"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ unk_token }}{{ eos_token }}", "</s>"),
+    ],
+)
+def test_templates_find_what_transformers_gives_them(tmp_path: Path, template: str, text: str) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    assert Tokenizer.from_folder(folder).render_chat(messages) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("chat_template.jinja", b"\xff"), ("tokenizer_config.json", b"[1]"), ("tokenizer_config.json", b"{")],
+)
+def test_broken_text_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ManifestError, match="the tokenizer cannot be read"):
+        Tokenizer.from_folder(folder)
+
+
+def test_bytes_that_are_no_text_are_refused(engine: Engine) -> None:
+    with pytest.raises(GenerationError, match="not valid text"):
+        engine.stream("\udcff")
+
+
+def test_no_threads_is_refused(folder: Path) -> None:
+    with pytest.raises(EngineMismatchError, match="threads must be at least 1, found 0"):
+        Engine.load(folder, threads=0)
 
 
 def test_a_template_may_live_in_the_tokenizer_config(tmp_path: Path) -> None:

@@ -265,3 +265,9 @@ def test_the_table_cuts_no_figure_on_a_narrow_terminal() -> None:
         gpu_table(list(load_catalogue().values()))
     )
     assert "…" not in file.getvalue()
+
+
+@pytest.mark.parametrize("precision", ["nonsense", "int9", ""])
+def test_a_precision_that_does_not_exist_lists_those_that_do(precision: str) -> None:
+    with pytest.raises(BuildError, match="precision must be one of fp16, bf16, fp32, found"):
+        check_precision(find_gpu("a10g"), precision)

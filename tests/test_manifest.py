@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,25 @@ def test_a_plain_name_stays_in_its_folder(name: str) -> None:
 def test_a_manifest_that_could_not_be_read_cannot_be_made(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ManifestError, match=words):
         described(**{"files": {}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("contract", "max_context", 7),
+        ("details", "generation", None),
+        ("config", "rope_theta", 1e6),
+        ("versions", "python", "2.7"),
+    ],
+)
+def test_a_value_changed_by_hand_is_noticed(
+    onnx_folder: Callable[..., Path], tmp_path: Path, section: str, key: str, value: object
+) -> None:
+    """Each of these would parse, and run, and be wrong."""
+    shutil.copytree(onnx_folder(), tmp_path / "copy")
+    path = tmp_path / "copy" / "manifest.json"
+    data = json.loads(path.read_text())
+    data[section][key] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ManifestError, match="altered after it was written.*make it again with"):
+        read_manifest(tmp_path / "copy")

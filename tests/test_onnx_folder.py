@@ -369,7 +369,7 @@ def test_what_is_not_ours_is_refused_before_any_work(
 def test_the_checkpoint_itself_is_not_replaced(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "build_graph", never)
     before = files_of(source)
-    with pytest.raises(ArtifactError, match="not empty and holds no manifest.json"):
+    with pytest.raises(ArtifactError, match="holds the input"):
         export_checkpoint(source, source)
     assert files_of(source) == before
 

@@ -1,5 +1,6 @@
 """What the README tells a reader to type is typed here."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -54,7 +55,8 @@ def test_no_placeholder_is_left() -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A checkout without an environment: what a fresh clone looks like to make."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "engines" / "gpus", tmp_path / "engines" / "gpus")
     return tmp_path
 
@@ -77,6 +79,28 @@ def test_an_unknown_gpu_is_one_line_that_lists_the_known(tree: Path) -> None:
     (line,) = result.stderr.strip().splitlines()
     assert "nosuch" in line and "a10g" in line and "rtx5090" in line
     assert not (tree / ".venv").exists()
+
+
+def test_the_environment_does_not_choose_for_the_user(tree: Path) -> None:
+    """GNU screen sets WINDOW in every shell it starts."""
+    environment = {**os.environ, "WINDOW": "1", "GPU": "nosuch", "MODEL": "x", "PRECISION": "int9"}
+    command = ["make", "--dry-run", "engine"]
+    shown = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert "--check a10g --precision fp16" in shown.stdout, shown.stderr
+    assert "nosuch" not in shown.stdout and "int9" not in shown.stdout
+
+
+@pytest.mark.parametrize("gpu", ["A10G", "a10g"])
+def test_a_gpus_case_does_not_matter(tree: Path, gpu: str) -> None:
+    assert "--check a10g " in make(tree, "--dry-run", "engine", f"GPU={gpu}").stdout
+
+
+def test_two_gpus_at_once_are_not_known(tree: Path) -> None:
+    assert "unknown GPU 'a10g l4'" in make(tree, "engine", "GPU=a10g l4").stderr
+
+
+def test_an_empty_model_is_refused(tree: Path) -> None:
+    assert "MODEL is empty" in make(tree, "engine", "MODEL=").stderr
 
 
 @pytest.mark.slow

@@ -121,10 +121,13 @@ def test_a_reference_larger_than_memory_is_refused(
     tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(tiny_checkpoint())
-    require_memory(source)
-    monkeypatch.setattr(reference, "memory_bytes", lambda: 1000)
-    with pytest.raises(ValidationError, match=r"takes 0\.0 GB"):
-        require_memory(source)
+    weights = 4 * sum(tensor.elements for tensor in source.tensors.values())
+    require_memory(source, 100)
+    with pytest.raises(ValidationError, match="attention over 1000000 tokens.*use a smaller --length"):
+        require_memory(source, 1_000_000)
+    monkeypatch.setattr(reference, "available_memory_bytes", lambda: weights - 1)
+    with pytest.raises(ValidationError, match="a machine with more memory"):
+        require_memory(source, 1)
 
 
 def test_transformers_settings_are_left_as_they_were() -> None:

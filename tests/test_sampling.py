@@ -75,6 +75,10 @@ def test_the_distribution_check_can_fail() -> None:
     assert np.abs(right - wrong).max() > 0.02
 
 
+def test_the_smallest_temperature_takes_the_most_likely() -> None:
+    assert sample(LOGITS, SamplingParams(temperature=1e-320), 3, 4) == int(np.argmax(LOGITS))
+
+
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert uniform(5, 9) == uniform(5, 9)
     assert len({uniform(5, p) for p in range(1000)}) == 1000

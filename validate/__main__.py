@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mistral_trt.cli import run
+from mistral_trt.progress import note
 from mistral_trt.validate.comparison import validate_artifact
 from mistral_trt.validate.report import HTML_NAME
 
@@ -37,6 +38,8 @@ def validate(argv: list[str]) -> int:
         seed=args.seed,
         threads=args.threads,
     )
+    for remark in report.notes:
+        note(remark)
     print(args.out / HTML_NAME)
     print(report.verdict)
     return 0 if report.passed else 1

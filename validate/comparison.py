@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_trt.artifact import new_artifact
+from mistral_trt.artifact import new_artifact, require_apart
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
@@ -101,12 +101,14 @@ def validate_artifact(
     A failed gate is a report with `passed` False; ValidationError and others mean it could not run.
     """
     job = Job(folder, reference, out, text, length, seed, threads)
+    require_apart(out, folder)
+    require_apart(out, reference)
     manifest = read_manifest(folder)
     require_runnable(folder, manifest)
     source = Checkpoint.open(reference)
     require_same_checkpoint(manifest, source)
-    require_memory(source)
     tokens = choose_tokens(job, manifest)
+    require_memory(source, len(tokens.ids))
     with new_artifact(out, JSON_NAME) as partial:
         report = run(job, manifest, source=source, tokens=tokens)
         write_report(report, partial)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from mistral_trt.contract import POSITION_WARN_LIMIT, GraphContract, Ring
+from mistral_trt.contract import POSITION_ACCURATE_LIMIT, GraphContract, Ring
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.tokenizer import Tokenizer
@@ -84,12 +84,12 @@ def default_length(contract: GraphContract) -> int:
     ring = contract.ring
     spare = ring.prefill_chunk + 8
     length = max(3 * ring.sliding_window, 2 * ring.capacity, _ENOUGH_POSITIONS) + spare
-    return min(length, contract.max_context or POSITION_WARN_LIMIT)
+    return min(length, contract.max_context or POSITION_ACCURATE_LIMIT)
 
 
 def check_length(length: int, contract: GraphContract) -> int:
     """Raise ValidationError unless `length` positions can be compared."""
-    limit = contract.max_context or POSITION_WARN_LIMIT
+    limit = contract.max_context or POSITION_ACCURATE_LIMIT
     if not 2 <= length <= limit:
         raise ValidationError(f"--length must be from 2 to {limit} for this artifact, found {length}")
     return length

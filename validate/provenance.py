@@ -12,7 +12,6 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
 from mistral_trt.validate.gates import TITLES, Gate
 from mistral_trt.validate.poke import late_edge
-from mistral_trt.validate.reference import memory_bytes
 
 _TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
@@ -95,7 +94,7 @@ def describe_run(command: str, seed: int, *, started: datetime, seconds: float) 
         "machine": {
             "processor": processor_name(),
             "cores": os.cpu_count(),
-            "memory_gb": round(memory_bytes() / 1e9, 1),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "system": platform.platform(),
         },
         "versions": tool_versions(*_TOOLS),

@@ -6,7 +6,6 @@ positions that are asked for, because all of them together outgrow the model (T=
 """
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import transformers
 from transformers import MistralConfig, MistralForCausalLM
 
+from mistral_trt.engines.budget import available_memory_bytes
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest
@@ -90,25 +90,21 @@ def require_same_checkpoint(manifest: Manifest, source: Checkpoint) -> None:
         )
 
 
-def require_memory(source: Checkpoint) -> None:
-    """Raise ValidationError if the float32 reference alone would not fit in this machine's memory."""
-    needed = 4 * sum(tensor.elements for tensor in source.tensors.values())
-    present = memory_bytes()
-    if needed > present:
+def require_memory(source: Checkpoint, length: int) -> None:
+    """Raise ValidationError if the float32 reference over `length` tokens would not fit in memory.
+
+    Eager attention keeps the scores of one layer, [H, T, T], about 2.5 times over.
+    """
+    weights = 4 * sum(tensor.elements for tensor in source.tensors.values())
+    scores = int(2.5 * 4 * source.config.num_attention_heads * length**2)
+    present = available_memory_bytes()
+    if weights + scores > present:
+        remedy = "a smaller --length" if weights < 0.9 * present else "a machine with more memory"
         raise ValidationError(
-            f"the float32 reference of {source.folder} takes {needed / 1e9:.1f} GB, this machine has "
-            f"{present / 1e9:.1f} GB; validate on a machine with more memory"
+            f"the float32 reference of {source.folder} needs {weights / 1e9:.1f} GB for weights and "
+            f"{scores / 1e9:.1f} GB for attention over {length} tokens (predicted), {present / 1e9:.1f} GB "
+            f"is available; use {remedy}"
         )
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def reference_versions() -> dict[str, str]:
-    """Versions of what computed the reference."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @contextmanager

@@ -72,11 +72,15 @@ class Report:
             return f"FAIL {name}: {len(self.failed)} of {len(self.gates)} gates failed: {found}"
         shown = [gate for gate in self.gates if gate.name in ("logit_error_max", "kl_max")]
         found = "; ".join(describe(gate) for gate in shown)
-        return f"PASS {name}: {len(self.gates)} gates hold over {self.positions:,} positions; {found}"
+        short = self.contract.wraps and len(self.tokens.ids) <= self.contract.ring.capacity
+        unseen = " (the ring never turned)" if short else ""
+        gates = f"{len(self.gates)} gates hold over {self.positions:,} positions{unseen}"
+        return f"PASS {name}: {gates}; {found}"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
+            "files": [HTML_NAME],
             "verdict": "pass" if self.passed else "fail",
             "summary": self.verdict,
             "artifact": dict(self.artifact),

@@ -6,6 +6,7 @@ manifest, the last file, is on disk. A killed run leaves a hidden folder that th
 
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -32,13 +33,20 @@ def free_disk_bytes(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def require_apart(out: Path, source: Path) -> None:
+    """Raise ArtifactError if writing `out` would replace the folder it is made from."""
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target in origin.parents:
+        raise ArtifactError(f"{out} holds the input {source}; choose another --out")
+
+
 @contextmanager
 def new_artifact(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` if the block ends well and vanishes if it does not.
 
-    marker: the file, written last, whose presence says that a folder is one of ours and whole.
-    Raises ArtifactError if `out` holds something that is not an artifact of ours, if another run is
-    writing it, or if the block leaves no marker.
+    marker: the JSON file, written last, whose presence says that the folder is whole; its `files` names
+    every other file. Raises ArtifactError if `out` holds anything that such a marker does not name, if
+    another run is writing it, or if the block leaves no marker.
     """
     out = out.absolute()
     _refuse_foreign(out, marker)
@@ -77,11 +85,27 @@ def write_file(path: Path, data: bytes) -> None:
 def _refuse_foreign(out: Path, marker: str) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out} is in the way (not a folder); choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / marker).is_file():
         raise ArtifactError(
             f"{out} is not empty and holds no {marker}, so it is not replaced; "
             "choose another --out or remove it"
         )
+    strangers = sorted({path.name for path in out.iterdir()} - _listed_files(out / marker) - {marker})
+    if strangers:
+        raise ArtifactError(
+            f"{out} holds {strangers[0]!r}, which its {marker} does not list, so it is not replaced; "
+            "choose another --out or remove it"
+        )
+
+
+def _listed_files(marker: Path) -> set[str]:
+    """Files that a marker says are part of its folder: the names in its `files`, none if it has no such."""
+    try:
+        return set(json.loads(marker.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return set()
 
 
 def _empty_partial(out: Path) -> Path:

@@ -29,7 +29,7 @@ CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
-POSITION_WARN_LIMIT = 2**20
+POSITION_ACCURATE_LIMIT = 2**20
 """Rotary angles are float32: 0.03 rad of error at a million tokens. Past here only on request."""
 
 POSITION_LIMIT = 2**24
@@ -173,7 +173,7 @@ class GraphContract:
             )
         if position >= POSITION_LIMIT:
             return f"position {position} is past 2**24, where float32 rotary angles stop counting"
-        if position >= POSITION_WARN_LIMIT and not allow_long:
+        if position >= POSITION_ACCURATE_LIMIT and not allow_long:
             return (
                 f"position {position} is past 2**20, where rotary angles lose accuracy; pass allow_long=True"
             )

@@ -39,6 +39,7 @@ _FIELDS = (
     "contract",
     "versions",
     "details",
+    "sha256",
 )
 
 
@@ -81,7 +82,7 @@ class Manifest:
         return self.contract.config
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        content = {
             "format_version": FORMAT_VERSION,
             "stage": self.stage,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
@@ -91,6 +92,7 @@ class Manifest:
             "versions": dict(self.versions),
             "details": dict(self.details),
         }
+        return {**content, "sha256": content_sha256(content)}
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, atomically; call it after every other file is in place."""
@@ -125,6 +127,13 @@ def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool =
 def manifest_sha256(folder: Path) -> str:
     """Identity of an artifact: the hash of its manifest, which holds the hashes of all else."""
     return sha256_file(folder / MANIFEST_NAME)
+
+
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's fields but `sha256`, as JSON with sorted keys and without spaces."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -178,7 +187,7 @@ def _parse(path: Path, repair: str) -> Manifest:
         if sorted(data) != sorted(_FIELDS):
             raise ManifestError(f"expected the fields {sorted(_FIELDS)}, found {sorted(data)}")
         config = ModelConfig.from_json(data["config"])
-        return Manifest(
+        manifest = Manifest(
             stage=data["stage"],
             files={name: FileEntry(**entry) for name, entry in data["files"].items()},
             sources=data["sources"],
@@ -186,6 +195,9 @@ def _parse(path: Path, repair: str) -> Manifest:
             versions=data["versions"],
             details=data["details"],
         )
+        if data["sha256"] != content_sha256(data):
+            raise ManifestError("it was altered after it was written (its own SHA-256 differs)")
+        return manifest
     except (ConfigError, ManifestError, TypeError, KeyError, AttributeError) as error:
         raise ManifestError(f"{path} is damaged: {error}; make it again with: {repair}") from error
 
