@@ -18,22 +18,10 @@ from mistral_trt.contract import (
     plan_contract,
 )
 from mistral_trt.errors import ConfigError
+from tests.models import TINY
 from tests.rings import Call, calls, full_chunks, simulate
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=8,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
+CONFIG = TINY
 NO_WINDOW = replace(CONFIG, sliding_window=None)
 rings = st.builds(Ring, st.integers(1, 40), st.integers(1, 12))
 

@@ -13,28 +13,15 @@ import pytest
 import torch
 from onnx.numpy_helper import from_array, to_array
 
-from mistral_trt.config import ModelConfig
 from mistral_trt.contract import GraphContract, plan_contract
 from mistral_trt.errors import ExportError
 from mistral_trt.export.checkpoint import EMBEDDING, LM_HEAD, expected_shapes
 from mistral_trt.export.graph import check_graph, graph_sha256, simplify, trace
 from mistral_trt.manifest import read_manifest
 from tests.conftest import BuiltGraph, Folder
+from tests.models import TINY
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=8,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
+CONFIG = replace(TINY, num_hidden_layers=1)
 CONTRACT = plan_contract(CONFIG, precision="fp16", prefill_chunk=4)
 HUGE_WINDOW = plan_contract(replace(CONFIG, sliding_window=100_000), precision="fp16", prefill_chunk=4)
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from mistral_trt import manifest as manifests
 from mistral_trt.artifact import MANIFEST_NAME
-from mistral_trt.config import ModelConfig
 from mistral_trt.contract import plan_contract
 from mistral_trt.errors import ManifestError
 from mistral_trt.manifest import (
@@ -29,21 +28,9 @@ from mistral_trt.manifest import (
     sha256_file,
     tool_versions,
 )
+from tests.models import TINY
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=8,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
+CONFIG = TINY
 REPAIR = "with: mistral-trt export CHECKPOINT --out "
 
 

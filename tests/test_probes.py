@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral_trt.config import ModelConfig
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.tokenizer import Tokenizer
@@ -23,22 +22,9 @@ from mistral_trt.validate.probes import (
     text_tokens,
     wraps,
 )
-from tests.models import write_tokenizer
+from tests.models import TINY, write_tokenizer
 
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    sliding_window=8,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
+CONFIG = TINY
 
 
 def contract(window: int, chunk: int, max_context: int | None = None) -> GraphContract:
