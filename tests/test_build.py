@@ -601,7 +601,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         step(phases, name)
 
     monkeypatch.setattr(PhaseTree, "step", press)
+    # A shell starts what it puts into the background with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield pressed
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
