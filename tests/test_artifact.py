@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, whoever is killed, in the way, or there already."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -24,8 +26,8 @@ def make(out: Path, text: str = "content", marker: str = MANIFEST_NAME) -> None:
 
 
 def left_beside(out: Path) -> list[str]:
-    """Names beside `out` that a reader would call litter; the lock file stays for the next run."""
-    return sorted(p.name for p in out.parent.iterdir() if p.name not in (out.name, f".{out.name}.lock"))
+    """Names beside `out` that a reader would call litter."""
+    return sorted(p.name for p in out.parent.iterdir() if p.name != out.name)
 
 
 def test_it_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
@@ -152,6 +154,24 @@ def test_a_parent_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         make(tmp_path / "file" / "sub" / "out")
 
 
+def test_a_lock_that_was_removed_while_it_was_opened_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run before ends between our opening its lock file and our locking it."""
+    lock = fcntl.flock
+
+    def late(file: IO[str], how: int) -> None:
+        (tmp_path / ".out.lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ArtifactError, match="another run is writing"):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    make(tmp_path / "out")
+    assert left_beside(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize("step", ["lock", "folder"])
 def test_a_parent_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -192,6 +212,7 @@ def test_two_runs_at_once_and_the_second_is_turned_away(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import IO
 from mistral_trt.artifact import new_artifact
 with new_artifact(Path(sys.argv[1])) as folder:
     (folder / "big.bin").write_bytes(b"half")
@@ -206,7 +227,7 @@ def test_a_killed_run_leaves_no_artifact_and_the_next_clears_up(tmp_path: Path, 
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], stdin=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
-    assert len(left_beside(out)) == 1, "the test must see the half-written folder, or it tests nothing"
+    assert len(left_beside(out)) == 2, "the test must see the lock and the half-written folder"
     make(out)
     assert (out / "file.txt").read_text() == "content"
     assert left_beside(out) == []

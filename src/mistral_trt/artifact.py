@@ -134,11 +134,15 @@ def _lock(out: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ArtifactError(
-                f"another run is writing {out}; wait for it or choose another --out"
-            ) from error
-        yield
+            held = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            held = False  # taken, or the run that had it has just removed it
+        if not held:
+            raise ArtifactError(f"another run is writing {out}; wait for it or choose another --out")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
