@@ -322,7 +322,7 @@ def test_inspect_shows_the_manifest(source: Path, tmp_path: Path, capsys: pytest
 
 def test_inspect_refuses_what_is_no_artifact(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(source)]) == 2
-    assert re.fullmatch("mistral-trt inspect: .*holds no manifest.json.*\n", capsys.readouterr().err)
+    assert re.fullmatch("mistral-trt inspect: .*looks like a checkpoint.*\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- the log

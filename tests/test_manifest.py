@@ -300,3 +300,9 @@ def test_a_value_changed_by_hand_is_noticed(
     path.write_text(json.dumps(data))
     with pytest.raises(ManifestError, match="altered after it was written.*make it again with"):
         read_manifest(tmp_path / "copy")
+
+
+def test_a_checkpoint_is_answered_with_the_command_that_exports_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ManifestError, match="looks like a checkpoint.*mistral-trt export .* --out ONNX_DIR"):
+        read_manifest(tmp_path)

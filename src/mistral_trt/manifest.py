@@ -110,6 +110,11 @@ def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool =
     if not folder.is_dir():
         raise ManifestError(f"{folder} is not a folder; make it with: {repair}")
     path = folder / MANIFEST_NAME
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise ManifestError(
+            f"{folder} looks like a checkpoint, not an artifact; "
+            f"make one from it with: mistral-trt export {folder} --out ONNX_DIR"
+        )
     if not path.is_file():
         raise ManifestError(
             f"{folder} holds no {MANIFEST_NAME}, so it is not a finished artifact; make it with: {repair}"
