@@ -91,7 +91,8 @@ def open_session(model_path: Path, threads: int | None) -> ort.InferenceSession:
         return ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a class of its own for each status
         raise EngineMismatchError(
-            f"ONNX Runtime {ort.__version__} cannot load {model_path} (1.26 and newer are known to run this graph): {error}"
+            f"ONNX Runtime {ort.__version__} cannot load {model_path} "
+            f"(1.26 and newer are known to run this graph): {error}"
         ) from error
 
 
