@@ -84,10 +84,19 @@ def test_an_unknown_gpu_is_one_line_that_lists_the_known(tree: Path) -> None:
 def test_the_environment_does_not_choose_for_the_user(tree: Path) -> None:
     """GNU screen sets WINDOW in every shell it starts."""
     environment = {**os.environ, "WINDOW": "1", "GPU": "nosuch", "MODEL": "x", "PRECISION": "int9"}
-    command = ["make", "--dry-run", "engine"]
-    shown = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    assert "--check a10g --precision fp16" in shown.stdout, shown.stderr
-    assert "nosuch" not in shown.stdout and "int9" not in shown.stdout
+
+    def export_command(*arguments: str) -> str:
+        command = ["make", "--dry-run", ".onnx", "RUN=run", *arguments]
+        shown = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        (line,) = [line for line in shown.stdout.splitlines() if " export " in line]
+        return line
+
+    command = export_command()
+    assert "build/models/smollm2-135m-instruct" in command and "--precision fp16" in command
+    assert "--sliding-window" not in command
+    assert "--out run/onnx-bf16-w4 --precision bf16 --sliding-window 4" in export_command(
+        "WINDOW=4", "PRECISION=bf16"
+    )
 
 
 @pytest.mark.parametrize("gpu", ["A10G", "a10g"])
