@@ -22,7 +22,11 @@ WINDOW =
 CHUNK =
 MAX_BATCH =
 MAX_CONTEXT =
+# Adapters to merge, DIR or DIR:SCALE, with blanks between them.
+LORA =
 RUN =
+
+LORA_FLAGS = $(foreach adapter,$(LORA),--lora '$(adapter)')
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -40,19 +44,19 @@ ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
-.PHONY: help demo engine report onnx test test-all lint gpus bench clean .engine .report .onnx
+.PHONY: help demo engine report onnx test test-all lint gpus bench bench-export clean .engine .report .onnx
 
 help: ## show this list
-	@echo 'make TARGET [MODEL=checkpoint] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
-	  do printf '  %-10s %s\n' "$$target" "$$words"; done
+	  do printf '  %-12s %s\n' "$$target" "$$words"; done
 
 # ---------------------------------------------------------------- what a person asks for
 
 demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
 	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
 	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
-	  options="MODEL=$(DEMO_MODEL) RUN=$$run WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT="; \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT="; \
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
@@ -60,13 +64,13 @@ demo: $(READY) ## everything on a real small model: export, A10G engine, reports
 
 engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT engine for GPU=…, from MODEL=…
 	@$(CLI) gpus --check $(GPU) --precision $(PRECISION) --flavor $(FLAVOR)
-	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .engine RUN=build/$$run
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .engine RUN=build/$$run
 
 report: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the numeric report of MODEL=… at PRECISION=…
-	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .report RUN=build/$$run
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .report RUN=build/$$run
 
 onnx: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the ONNX folder of MODEL=… at PRECISION=…
-	@run=$$($(CLI) identify '$(MODEL)') && $(MAKE) .onnx RUN=build/$$run
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .onnx RUN=build/$$run
 
 gpus: $(READY) ## the GPUs an engine can be built for
 	@$(CLI) gpus
@@ -84,6 +88,9 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) demo-model ## the figures of the README, measured here
 	$(BIN)/python bench/pipeline.py $(DEMO_MODEL) --out bench/results/pipeline.json
+
+bench-export: $(READY) ## exports at full size, beside a copy of the files and beside other exporters: 25 minutes
+	$(BIN)/python bench/export.py
 
 clean: ## remove everything that was built (.venv stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
@@ -125,14 +132,14 @@ CORE := $(wildcard src/mistral_trt/*.py)
 	@echo $(REPORT)/report.html
 
 $(ONNX)/manifest.json: $(wildcard export/*.py) $(CORE)
-	@$(CLI) export '$(MODEL)' --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
+	@$(CLI) export '$(MODEL)' $(LORA_FLAGS) --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
 
 $(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/gpus/$(GPU).toml
 	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
 $(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)
-	@$(CLI) validate $(ONNX) --reference '$(MODEL)' --out $(REPORT) | tail -n 1
+	@$(CLI) validate $(ONNX) --reference '$(MODEL)' $(LORA_FLAGS) --out $(REPORT) | tail -n 1
 	@touch $@
 
 .PHONY: .again

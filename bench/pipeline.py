@@ -6,8 +6,6 @@ ring full. Run it on a quiet machine: python bench/pipeline.py CHECKPOINT --out 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.manifest import read_manifest, tool_versions
-from mistral_trt.runtime.engine import open_cache
+from process import machine
 
-TOOLS = ("torch", "onnx", "onnxruntime", "transformers", "tensorrt-rtx")
+from mistral_trt.manifest import read_manifest
+from mistral_trt.runtime.engine import open_cache
 
 
 def main() -> int:
@@ -93,16 +91,6 @@ def timed(*arguments: str) -> float:
 
 def total_bytes(folder: Path) -> int:
     return sum(entry.bytes for entry in read_manifest(folder, check_files=False).files.values())
-
-
-def machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpus": os.cpu_count(),
-        "memory_gb": round(memory / 1e9, 1),
-        "platform": platform.platform(terse=True),
-        "versions": tool_versions(*TOOLS),
-    }
 
 
 def table(figures: dict[str, Any]) -> str:

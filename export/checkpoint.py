@@ -1,65 +1,89 @@
-"""A Hugging Face checkpoint folder → its config, and every weight the decoder needs, found and checked.
+"""A checkpoint folder, and LoRA adapters → config, and every weight the decoder needs, found and checked.
 
-Nothing is loaded and no code from the folder runs: `config.json` is read, the safetensors headers are
-read, and names and shapes are compared with what the config promises.
+Nothing is loaded and no code from a folder runs: the config is read, the safetensors headers are read,
+and names and shapes are compared with what the config promises.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.artifact import cache_folder, write_file
 from mistral_trt.config import ModelConfig, unrecognised_keys
 from mistral_trt.errors import CheckpointError
+from mistral_trt.export import mistral_format
+from mistral_trt.export.conversion import Weight, same_numbers
+from mistral_trt.export.identity import clean_name, files_sha256
+from mistral_trt.export.lora import Adapter, adapters_sha256, apply_adapters
 from mistral_trt.export.tensor_files import DTYPES, StoredTensor, read_header
-from mistral_trt.manifest import is_plain_name, sha256_file
+from mistral_trt.manifest import is_plain_name
 from mistral_trt.progress import note
-
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""Files that travel with every artifact, where the checkpoint has them."""
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_TEXT_FILES = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "tokenizer*.model*",
+    "*.model.v*",
+)
 _DERIVED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
-_REMEMBER_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `tensors` holds exactly the decoder's weights, under Hugging Face's names."""
+    """An opened checkpoint, its adapters merged in name.
+
+    format: "huggingface" or "mistral".  config: the model with its adapters.
+    raw_config: `config.json`, or what `params.json` says in its words.
+    weights: exactly the decoder's, by Hugging Face's names.  files: all of the folder that can matter.
+    """
 
     folder: Path
+    format: str
     config: ModelConfig
     raw_config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    weights: Mapping[str, Weight]
+    files: frozenset[Path]
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, adapters: Sequence[Adapter] = ()) -> "Checkpoint":
         """Read config and headers.
 
         Raises ConfigError for a model that is not supported, CheckpointError for missing, surplus,
         damaged or misshapen tensors.
         """
         require_folder(folder)
-        raw = read_json(folder / "config.json")
+        form = "mistral" if _is_mistral_format(folder) else "huggingface"
+        raw, found = _read_mistral(folder) if form == "mistral" else _read_hugging_face(folder)
         config = ModelConfig.from_huggingface(raw)
-        for key in unrecognised_keys(raw):
-            note(f"config.json: {key} = {raw[key]!r} is not known here and has no effect on the graph")
-        found = find_tensors(folder)
         if config.num_hidden_layers > len(found):
             raise CheckpointError(
                 f"config.json calls for {config.num_hidden_layers} layers, "
                 f"the checkpoint holds {len(found)} tensors"
             )
-        tensors = select_weights(found, expected_shapes(config), config)
-        return cls(folder, config, raw, tensors)
+        files = {weight.stored.path for weight in found.values()}
+        merged = apply_adapters(found, adapters, tied=config.tie_word_embeddings)
+        if any(EMBEDDING in adapter.replacements for adapter in adapters):
+            config = replace(config, vocab_size=merged[EMBEDDING].shape[0])
+        weights = select_weights(merged, expected_shapes(config), config)
+        for pattern in (_INDEX, mistral_format.INDEX, *_TEXT_FILES):
+            files.update(path for path in folder.glob(pattern) if path.is_file())
+        return cls(folder, form, config, raw, weights, frozenset(files), tuple(adapters))
 
     @property
     def name(self) -> str:
@@ -69,29 +93,12 @@ class Checkpoint:
             stem = folder.parent.parent.name.split("--")[-1]
         else:
             stem = folder.name
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "model"
+        return "+".join([clean_name(stem), *(adapter.name for adapter in self.adapters)])
 
-    def sha256(self) -> str:
-        """Identity: the hash over name and SHA-256 of every file that can change an export."""
-        weights = {tensor.path for tensor in self.tensors.values()}
-        texts = [self.folder / n for n in ("config.json", "generation_config.json", _INDEX, *TEXT_FILES)]
-        digest = hashlib.sha256()
-        for path in sorted({*weights, *(path for path in texts if path.is_file())}, key=lambda p: p.name):
-            digest.update(f"{path.name} {remembered_sha256(path)}\n".encode())
-        return digest.hexdigest()
-
-    def text_files(self) -> list[Path]:
-        """Tokenizer and chat template files to copy. Raises CheckpointError for a tokenizer we can't use."""
-        found = [self.folder / name for name in TEXT_FILES if (self.folder / name).is_file()]
-        if not (self.folder / "tokenizer.json").is_file():
-            if (self.folder / "tokenizer.model").is_file():
-                raise CheckpointError(
-                    f"{self.folder} has tokenizer.model but no tokenizer.json; make it with: python -c "
-                    '"from transformers import AutoTokenizer as T; '
-                    f"T.from_pretrained('{self.folder}').save_pretrained('{self.folder}')\""
-                )
-            note(f"{self.folder} has no tokenizer.json: the artifact will take token ids, not text")
-        return found
+    def sources(self) -> dict[str, str]:
+        """Identity: hashes of the checkpoint's own files and, where there are any, of its adapters."""
+        found = {"checkpoint": files_sha256(self.files)}
+        return {**found, "lora": adapters_sha256(self.adapters)} if self.adapters else found
 
 
 def require_folder(folder: Path) -> None:
@@ -124,41 +131,78 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files: the single one if it is there, as in transformers."""
+def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """config.json, and the single safetensors file if it is there, else the shards, as in transformers."""
+    raw = read_json(folder / "config.json")
+    for key in unrecognised_keys(raw):
+        note(f"config.json: {key} = {raw[key]!r} is not known here and has no effect on the graph")
     if (folder / _SINGLE).is_file():
-        return read_header(folder / _SINGLE)
-    if (folder / _INDEX).is_file():
-        return _read_shards(folder)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        found = read_header(folder / _SINGLE)
+    elif (folder / _INDEX).is_file():
+        found = _read_shards(folder, _INDEX)
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise CheckpointError(
             f"{folder} holds pickled weights, which can run code; convert them with: python -c "
             '"from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
-    raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+    else:
+        raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+    return raw, {name: Weight(name, stored) for name, stored in found.items()}
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(folder / _INDEX).get("weight_map")
+def _is_mistral_format(folder: Path) -> bool:
+    """Whether only Mistral's own files are whole: many hub repositories hold both forms of one model."""
+    if (folder / "config.json").is_file() and ((folder / _SINGLE).is_file() or (folder / _INDEX).is_file()):
+        return False
+    return (folder / mistral_format.PARAMS).is_file()
+
+
+def _read_mistral(folder: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
+    note(f"{folder} is in Mistral's own format")
+    raw = mistral_format.config_from_params(read_json(folder / mistral_format.PARAMS))
+    if (folder / mistral_format.INDEX).is_file():
+        found = _read_shards(folder, mistral_format.INDEX)
+    else:
+        found = {}
+        for path in mistral_format.parts(folder):
+            header = read_header(path)
+            twice = sorted(set(found) & set(header))
+            if twice:
+                raise CheckpointError(f"{path} and {found[twice[0]].path.name} both hold {twice[0]!r}")
+            found |= header
+    if not found and any(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder} holds pickled weights, which can run code; convert them with: python -c "
+            '"import torch; from safetensors.torch import save_file as s; '
+            f"s(torch.load('{folder}/consolidated.00.pth', weights_only=True), "
+            f"'{folder}/{mistral_format.SINGLE}')\""
+        )
+    if not found:
+        raise CheckpointError(f"{folder} has {mistral_format.PARAMS} but no {mistral_format.SINGLE}")
+    return raw, mistral_format.weights_by_hugging_face_name(found, raw)
+
+
+def _read_shards(folder: Path, index: str) -> dict[str, StoredTensor]:
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map")
+        raise CheckpointError(f"{folder / index} has no weight_map")
     headers: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if not is_plain_name(shard):
-            raise CheckpointError(f"{folder / _INDEX}: {shard!r} is not a plain file name")
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / index}: {shard!r} is not a plain name of a safetensors file")
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard} is missing; {_INDEX} names it")
+            raise CheckpointError(f"{folder / shard} is missing; {index} names it")
         headers[shard] = read_header(folder / shard)
     tensors = {}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise CheckpointError(f"{folder / shard} does not hold {name!r}, though {_INDEX} says so")
+            raise CheckpointError(f"{folder / shard} does not hold {name!r}, though {index} says so")
         tensors[name] = headers[shard][name]
     for shard, header in headers.items():
         unlisted = sorted(set(header) - set(tensors))
         if unlisted:
-            raise CheckpointError(f"{folder / shard} holds {unlisted[0]!r}, which {_INDEX} does not list")
+            raise CheckpointError(f"{folder / shard} holds {unlisted[0]!r}, which {index} does not list")
     return tensors
 
 
@@ -188,12 +232,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def select_weights(
-    found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], config: ModelConfig
-) -> dict[str, StoredTensor]:
+    found: Mapping[str, Weight], expected: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> dict[str, Weight]:
     """The expected tensors, in order. Raises CheckpointError on a missing, surplus or misshapen one."""
     surplus = {name for name in found if name not in expected and not _DERIVED.match(name)}
     if config.tie_word_embeddings and LM_HEAD in surplus:
-        _require_same_bytes(found[LM_HEAD], found.get(EMBEDDING))
+        _require_same_head(found[LM_HEAD], found.get(EMBEDDING))
         surplus.discard(LM_HEAD)
     missing = [name for name in expected if name not in found]
     if missing:
@@ -204,52 +248,25 @@ def select_weights(
             "has no place for"
         )
     for name, shape in expected.items():
-        tensor = found[name]
-        if tensor.shape != shape:
+        weight = found[name]
+        if weight.shape != shape:
             raise CheckpointError(
-                f"{name}: config.json calls for shape {list(shape)}, found {list(tensor.shape)}"
+                f"{name}: config.json calls for shape {list(shape)}, found {list(weight.shape)}"
             )
-        if tensor.dtype not in DTYPES.values():
+        if weight.stored.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"{name}: expected {', '.join(DTYPES.values())}, found {tensor.dtype} (quantized checkpoints "
-                "are not supported; use the original weights)"
+                f"{name}: expected {', '.join(DTYPES.values())}, found {weight.stored.dtype} (quantized "
+                "checkpoints are not supported; use the original weights)"
             )
     return {name: found[name] for name in expected}
 
 
-def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file; for large files it is kept, keyed by path, size, inode and time of change."""
-    real = path.resolve()
-    stat = real.stat()
-    if stat.st_size < _REMEMBER_BYTES:
-        return sha256_file(real)
-    store = cache_folder() / "sha256.json"
-    key = f"{real} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns}"
-    try:
-        known = json.loads(store.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known.get(key), str):
-        known[key] = sha256_file(real)
-        store.parent.mkdir(parents=True, exist_ok=True)
-        write_file(store, json.dumps(known, indent=1).encode())
-    return str(known[key])
-
-
-def _require_same_bytes(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    if embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
-        if _read(head) == _read(embedding):
-            return
-    raise CheckpointError(
-        f"tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; to use both, set it to false "
-        "in config.json"
-    )
-
-
-def _read(tensor: StoredTensor) -> bytes:
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return file.read(tensor.bytes)
+def _require_same_head(head: Weight, embedding: Weight | None) -> None:
+    if embedding is None or not same_numbers(head.stored, embedding.stored):
+        raise CheckpointError(
+            f"tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; to use both, set it to "
+            "false in config.json"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,9 @@
 """Graph contract → ONNX decode graph without weights.
 
-The decoder is traced on the meta device, so a full-size graph costs megabytes. What the exporter leaves
-behind (stack traces, machine paths, shape arithmetic) is cleaned away, nodes are named after the module
-that made them, and the result is checked against the contract before anyone binds weights to it.
+The decoder is traced on the meta device, so a full-size graph costs megabytes, and in two layers, the second
+of which is then repeated. What the exporter leaves behind (stack traces, machine paths, shape arithmetic) is
+cleaned away, nodes and what they make are named after their module, and the result is checked against the
+contract before anyone binds weights to it.
 """
 
 import ast
@@ -10,7 +11,8 @@ import hashlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
@@ -20,8 +22,9 @@ from onnxscript import optimizer
 
 from mistral_trt.contract import GraphContract, TensorSpec
 from mistral_trt.errors import ExportError
-from mistral_trt.export.checkpoint import EMBEDDING, LM_HEAD
+from mistral_trt.export.checkpoint import EMBEDDING, LM_HEAD, expected_shapes
 from mistral_trt.export.decoder import ONNX_OPSET, Decoder
+from mistral_trt.export.unroll import TRACED_LAYERS, unroll
 
 _FOLD_LIMIT_ELEMENTS = 1 << 16
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -32,14 +35,25 @@ def build_graph(contract: GraphContract) -> ir.Model:
 
     Raises ExportError if inputs, outputs or operators differ from the contract.
     """
+    layers = contract.config.num_hidden_layers
+    traced = replace(contract.config, num_hidden_layers=min(layers, TRACED_LAYERS))
+    model = trace_layers(replace(contract, config=traced))
+    if layers > TRACED_LAYERS:
+        unroll(model, layers)
+    sort_initializers(model, contract)
+    check_graph(model, contract)
+    return model
+
+
+def trace_layers(contract: GraphContract) -> ir.Model:
+    """The decode graph with every layer of the contract traced."""
     model = trace(contract)
     weights = detach_weights(model, contract)
     simplify(model)
     name_nodes(model)
     clean(model)
-    for name, value in weights.items():
-        model.graph.initializers[name] = value
-    check_graph(model, contract)
+    model.graph.initializers.update(weights)
+    name_values(model, weights)
     return model
 
 
@@ -102,6 +116,32 @@ def name_nodes(model: ir.Model) -> None:
         stem = f"{module}/{node.op_type}" if module else node.op_type
         node.name = stem if not seen[stem] else f"{stem}_{seen[stem]}"
         seen[stem] += 1
+
+
+def name_values(model: ir.Model, weights: Iterable[str]) -> None:
+    """Name what a node makes after the node, and constants in the order of their use: names that do not
+    depend on how many layers were traced."""
+    graph = model.graph
+    for node in graph:
+        for i, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"{node.name}.{i}" if i else node.name
+    used = [value for node in graph for value in node.inputs if value is not None and value.is_initializer()]
+    constants = [value for value in dict.fromkeys(used) if value.name not in set(weights)]
+    for value in constants:
+        del graph.initializers[str(value.name)]
+    for i, value in enumerate(constants):
+        value.name = f"constant.{i}"
+        graph.initializers[value.name] = value
+
+
+def sort_initializers(model: ir.Model, contract: GraphContract) -> None:
+    """Weights first, in the checkpoint's order; then constants."""
+    found = model.graph.initializers
+    weights = [found.pop(name) for name in expected_shapes(contract.config) if name in found]
+    constants = [found.pop(name) for name in list(found)]
+    for value in (*weights, *constants):
+        found[str(value.name)] = value
 
 
 def simplify(model: ir.Model) -> None:

@@ -1,22 +1,40 @@
 """Checkpoint folder → ONNX folder: the stage's one public function, in the order of the work."""
 
-import shutil
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
-from mistral_trt.artifact import free_disk_bytes, new_artifact, require_apart
+from mistral_trt.artifact import free_disk_bytes, link_file, new_artifact, require_apart
 from mistral_trt.contract import GraphContract, plan_contract
 from mistral_trt.errors import ArtifactError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
+from mistral_trt.export.conversion import Census
 from mistral_trt.export.graph import build_graph, graph_sha256
-from mistral_trt.export.weights import DATA_NAME, bind_weights, data_bytes, place_tensors, write_weights
+from mistral_trt.export.identity import remembered_sha256
+from mistral_trt.export.lora import Adapter
+from mistral_trt.export.tokenizer_files import TextFiles, read_text_files
+from mistral_trt.export.weights import (
+    DATA_NAME,
+    WeightPlan,
+    bind_weights,
+    inspect_linked,
+    plan_weights,
+    write_weights,
+)
 from mistral_trt.manifest import GRAPH_NAME, Manifest, describe_files, tool_versions
-from mistral_trt.progress import note
+from mistral_trt.progress import note, track
 
 _SPARE_BYTES = 64 << 20
-_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
+_COPIED_AT_ONCE = 1 << 24
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "tokenizers")
+_LOG = logging.getLogger("mistral_trt")
 
 
 def export_checkpoint(
@@ -28,14 +46,20 @@ def export_checkpoint(
     prefill_chunk: int = 256,
     max_batch_size: int = 4,
     max_context: int | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    link: bool | None = None,
 ) -> Manifest:
     """Write `model.onnx`, its weights, the tokenizer and `manifest.json` to `out`, all or nothing.
 
     sliding_window: overrides the checkpoint's W.  max_context: see `contract.plan_contract`.
+    loras: adapter folders and their scales, merged in this order.  link: whether a checkpoint's file that
+    serves as it is becomes a hard link in `out`, instead of being written anew; None for yes with 16-bit
+    weights and no in fp32, the yardstick, which every ONNX tool should open (onnx's own loader and checker
+    refuse a file that has two names).
     Raises ConfigError, CheckpointError, ExportError or ArtifactError.
     """
     require_apart(out, checkpoint)
-    source = Checkpoint.open(checkpoint)
+    source = Checkpoint.open(checkpoint, [Adapter.open(folder, scale) for folder, scale in loras])
     contract = plan_contract(
         source.config,
         precision=precision,
@@ -45,35 +69,129 @@ def export_checkpoint(
         max_context=max_context,
     )
     note(describe(contract))
-    texts, generation = source.text_files(), generation_ids(source)
-    placed = place_tensors(source.tensors, contract.cache_dtype)
-    require_space(out, data_bytes(placed) + _SPARE_BYTES)
+    folders = [checkpoint, *(adapter.folder for adapter in source.adapters)]
+    texts = read_text_files(folders, vocab_size=source.config.vocab_size)
+    for remark in texts.remarks:
+        note(remark)
+    generation = generation_ids(source, texts)
+    sharing = contract.cache_dtype != "float32" if link is None else link
+    plan = plan_weights(source.weights, contract.cache_dtype, link=sharing)
+    require_space(out, plan.data_bytes + copied_bytes(plan, out) + _SPARE_BYTES)
+    census = Census(contract.cache_dtype)
     with new_artifact(out) as folder:
-        note("tracing the graph")
-        model = build_graph(contract)
-        bind_weights(model, placed)
+        place_linked(plan, folder)
+        model, hashes, sources = trace_and_write(source, contract, plan, folder, census)
+        bind_weights(model, plan.placed)
         proto = ir.to_proto(model)
         (folder / GRAPH_NAME).write_bytes(proto.SerializeToString(deterministic=True))
-        data_sha256 = write_weights(source.tensors, placed, folder / DATA_NAME)
-        for path in texts:
-            shutil.copyfile(path, folder / path.name)
+        for name, content in texts.files.items():
+            (folder / name).write_bytes(content)
+        note_hazards(census)
         manifest = Manifest(
             stage="onnx",
-            files=describe_files(folder, {DATA_NAME: data_sha256}),
-            sources={"checkpoint": source.sha256()},
+            files=describe_files(folder, hashes),
+            sources=sources,
             contract=contract,
             versions=tool_versions(*_TOOLS),
             details={
                 "name": source.name,
+                "format": source.format,
                 "graph_sha256": graph_sha256(proto),
-                "weights": [target.name for target in placed],
-                "weights_bytes": sum(target.bytes for target in placed),
-                "text_files": [path.name for path in texts],
+                "weights": [target.name for target in plan.placed],
+                "weights_bytes": sum(target.bytes for target in plan.placed),
+                "linked": sorted(plan.linked),
+                "hazards": census.to_json(),
+                "lora": [{"name": a.name, "scale": a.scale, "sha256": a.sha256()} for a in source.adapters],
+                "text_files": sorted(texts.files),
                 "generation": generation,
             },
         )
         manifest.write(folder)
     return manifest
+
+
+def trace_and_write(
+    source: Checkpoint, contract: GraphContract, plan: WeightPlan, folder: Path, census: Census
+) -> tuple[ir.Model, dict[str, str], dict[str, str]]:
+    """Trace the graph while one thread writes the weights and another hashes the checkpoint.
+
+    Returns the graph, the hashes of the large files by name, and the manifest's sources.
+    """
+
+    def write(stop: Callable[[], bool]) -> dict[str, str]:
+        hashes = {}
+        if plan.written:
+            data = folder / DATA_NAME
+            hashes[DATA_NAME] = write_weights(source.weights, plan, data, census=census, stop=stop)
+        inspect_linked(source.weights, plan, census=census, stop=stop)
+        return hashes
+
+    note(
+        f"tracing {source.config.num_hidden_layers} layers, writing {plan.data_bytes / 1e9:.2f} GB of weights"
+    )
+    with background() as start:
+        written, sources = start(write), start(lambda _: source.sources())
+        model = build_graph(contract)
+        hashes = written.result()
+        found = sources.result()
+    return model, hashes | {name: remembered_sha256(path) for name, path in plan.linked.items()}, found
+
+
+@contextmanager
+def background() -> Iterator[Callable[[Callable[[Callable[[], bool]], Any]], "Future[Any]"]]:
+    """Yield a function that starts another in a thread, with a question to ask: is it to stop?
+
+    Leaving the block by an exception (Ctrl-C is one) stops what runs; either way nothing runs afterwards.
+    """
+    failed, threads = threading.Event(), torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own threads wait by spinning, and these here have work for every core
+    try:
+        with ThreadPoolExecutor() as pool:
+            try:
+                yield lambda function: pool.submit(function, failed.is_set)
+            except BaseException:
+                failed.set()
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+def copied_bytes(plan: WeightPlan, out: Path) -> int:
+    """Bytes of the files that cannot be linked because they lie on another disk than `out`."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    stats = [path.stat() for path in plan.linked.values()]
+    return sum(stat.st_size for stat in stats if stat.st_dev != place.stat().st_dev)
+
+
+def place_linked(plan: WeightPlan, folder: Path) -> None:
+    """Bring the checkpoint's files into the folder: as hard links, or as copies and then said aloud."""
+    for name, path in plan.linked.items():
+        if link_file(path, folder / name):
+            note(f"{name}: hard-linked to the checkpoint's, used as it lies")
+            continue
+        size = path.stat().st_size
+        _LOG.warning(f"{path} cannot be hard-linked into {folder.parent}: copying its {size / 1e9:.2f} GB")
+        require_space(folder, size + _SPARE_BYTES)
+        with (
+            path.open("rb") as old,
+            (folder / name).open("xb") as new,
+            track(name, size, unit="bytes") as advance,
+        ):
+            while piece := old.read(_COPIED_AT_ONCE):
+                new.write(piece)
+                advance(len(piece))
+
+
+def note_hazards(census: Census) -> None:
+    """Say so if weights lost precision at the small end of the dtype."""
+    found = census.to_json()
+    if found["subnormal"] or found["flushed_to_zero"]:
+        note(
+            f"in {census.dtype}, {found['subnormal']:,} weights are subnormal and "
+            f"{found['flushed_to_zero']:,} became zero, most of them in {found['worst']}"
+        )
 
 
 def describe(contract: GraphContract) -> str:
@@ -90,17 +208,17 @@ def describe(contract: GraphContract) -> str:
     return f"{why}: sequences end at {contract.max_context} tokens, the ring never wraps; {size}"
 
 
-def generation_ids(source: Checkpoint) -> dict[str, Any]:
-    """Token ids that start and end a text: the union of what config and generation_config name.
+def generation_ids(source: Checkpoint, texts: TextFiles) -> dict[str, Any]:
+    """Token ids that start and end a text: the union of what config, generation_config, tokenizer name.
 
     Raises ConfigError for one that is not a token id.
     """
     path = source.folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    ends: set[int] = set()
+    ends = set(texts.eos_token_ids)
     for value in (source.raw_config.get("eos_token_id"), generation.get("eos_token_id")):
         ends |= set(_token_ids("eos_token_id", value))
-    bos = generation.get("bos_token_id", source.raw_config.get("bos_token_id"))
+    bos = generation.get("bos_token_id", source.raw_config.get("bos_token_id", texts.bos_token_id))
     return {"bos_token_id": next(iter(_token_ids("bos_token_id", bos)), None), "eos_token_ids": sorted(ends)}
 
 

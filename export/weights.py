@@ -1,108 +1,139 @@
-"""Checkpoint tensors → `model.onnx.data`, converted on the way and bound to the graph by name.
+"""Decoder weights → the files of an ONNX folder that hold them, bound to the graph by name.
 
-Weights stream: a piece of a tensor is mapped, converted, hashed and written before the next is touched,
-so memory does not grow with the model.
+A weight whose stored bytes are what the graph wants stays where it is: its file is hard-linked into the
+folder and the graph refers into it. All others are converted into `model.onnx.data`, as a stream.
 """
 
 import hashlib
-import math
-import mmap
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
-import torch
 
 from mistral_trt.contract import DTYPE_BYTES
-from mistral_trt.errors import CheckpointError, ExportError
-from mistral_trt.export.tensor_files import StoredTensor
-from mistral_trt.progress import track
+from mistral_trt.errors import ExportError
+from mistral_trt.export.conversion import Census, Weight, convert, pieces
+from mistral_trt.progress import Advance, track
 
 DATA_NAME = "model.onnx.data"
 ALIGNMENT_BYTES = 4096
-_PIECE_ELEMENTS = 1 << 22
+_LINKED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """Where a converted tensor lies in the data file."""
+    """Where a weight lies in the ONNX folder: bytes [offset, offset + bytes) of `file`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str
     offset: int
     bytes: int
 
 
-def place_tensors(tensors: Mapping[str, StoredTensor], dtype: str) -> list[PlacedTensor]:
-    """Lay the tensors out one after the other, each on a page edge so that it can be mapped."""
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which files an ONNX folder takes from the checkpoint, and which weights are written anew.
+
+    linked: file name in the folder → the checkpoint's file.  placed: every weight, in the graph's order.
+    """
+
+    linked: Mapping[str, Path]
+    placed: tuple[PlacedTensor, ...]
+
+    @property
+    def written(self) -> list[PlacedTensor]:
+        """The weights of `model.onnx.data`, in the order they lie there."""
+        return [target for target in self.placed if target.file == DATA_NAME]
+
+    @property
+    def in_place(self) -> list[PlacedTensor]:
+        """The weights that are read from the checkpoint's own bytes."""
+        return [target for target in self.placed if target.file != DATA_NAME]
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of `model.onnx.data`, 0 if there is none."""
+        written = self.written
+        return written[-1].offset + written[-1].bytes if written else 0
+
+
+def plan_weights(weights: Mapping[str, Weight], dtype: str, *, link: bool = True) -> WeightPlan:
+    """Decide for each weight whether its stored bytes serve; lay the others out on page edges.
+
+    A file is linked if at least half of it serves: what does not is dead weight in the folder.
+    """
+    usable = _usable_files(weights.values(), dtype) if link else {}
     placed, offset = [], 0
-    for name, tensor in tensors.items():
-        size = tensor.elements * DTYPE_BYTES[dtype]
-        placed.append(PlacedTensor(name, dtype, tensor.shape, offset, size))
-        offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return placed
+    for name, weight in weights.items():
+        if weight.stored.path in usable and _serves(weight, dtype):
+            stored = weight.stored
+            target = PlacedTensor(name, dtype, weight.shape, stored.path.name, stored.offset, stored.bytes)
+        else:
+            size = weight.elements * DTYPE_BYTES[dtype]
+            target = PlacedTensor(name, dtype, weight.shape, DATA_NAME, offset, size)
+            offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        placed.append(target)
+    return WeightPlan({path.name: path for path in usable}, tuple(placed))
 
 
-def data_bytes(placed: list[PlacedTensor]) -> int:
-    """Size of the data file."""
-    return placed[-1].offset + placed[-1].bytes
-
-
-def write_weights(tensors: Mapping[str, StoredTensor], placed: list[PlacedTensor], path: Path) -> str:
-    """Write the data file and return its SHA-256.
+def write_weights(
+    weights: Mapping[str, Weight],
+    plan: WeightPlan,
+    path: Path,
+    *,
+    census: Census,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Write `model.onnx.data` and return its SHA-256. It ends early once `stop` says so.
 
     Raises CheckpointError for a weight that is not finite, or not finite in the target dtype.
     """
-    digest = hashlib.sha256()
-    with path.open("wb") as file, track("weights", data_bytes(placed), unit="bytes") as advance:
-        for target in placed:
-            padding = bytes(target.offset - file.tell())
-            file.write(padding)
-            digest.update(padding)
-            for piece in convert(tensors[target.name], target.dtype):
-                file.write(piece)
-                digest.update(piece)
-                advance(len(piece))
-    return digest.hexdigest()
+    with (
+        path.open("wb") as file,
+        track("weights", plan.data_bytes, unit="bytes") as advance,
+        _Writer(file, advance) as writer,
+    ):
+        end = 0
+        for target in plan.written:
+            writer.put(bytes(target.offset - end))
+            end = target.offset + target.bytes
+            for piece in convert(weights[target.name], target.dtype, census):
+                if stop():
+                    return ""
+                writer.put(piece)
+    return writer.digest.hexdigest()
 
 
-def convert(tensor: StoredTensor, dtype: str) -> Iterator[memoryview]:
-    """The tensor's bytes in `dtype`, rounded to nearest even, in pieces of a few megabytes.
-
-    A piece is valid until the next is asked for.
-    """
-    source, target = getattr(torch, tensor.dtype), getattr(torch, dtype)
-    item = DTYPE_BYTES[tensor.dtype]
-    skipped = tensor.offset % mmap.ALLOCATIONGRANULARITY
-    with tensor.path.open("rb") as file:
-        length = tensor.bytes + skipped
-        with mmap.mmap(
-            file.fileno(), length, access=mmap.ACCESS_COPY, offset=tensor.offset - skipped
-        ) as view:
-            for start in range(0, tensor.elements, _PIECE_ELEMENTS):
-                count = min(_PIECE_ELEMENTS, tensor.elements - start)
-                piece = torch.frombuffer(view, dtype=source, count=count, offset=skipped + start * item)
-                converted = piece.to(target)
-                _require_finite(tensor.name, piece, converted, dtype)
-                yield converted.view(torch.uint8).numpy().data
-                del piece, converted
+def inspect_linked(
+    weights: Mapping[str, Weight], plan: WeightPlan, *, census: Census, stop: Callable[[], bool]
+) -> None:
+    """Take the census of the weights that are not converted. Raises as `write_weights` does."""
+    for target in plan.in_place:
+        for piece in pieces(weights[target.name]):
+            if stop():
+                return
+            census.take(target.name, piece)
 
 
-def bind_weights(model: ir.Model, placed: list[PlacedTensor]) -> None:
-    """Point the graph's initializers at the data file. Raises ExportError unless they match one to one."""
+def bind_weights(model: ir.Model, placed: Iterable[PlacedTensor]) -> None:
+    """Point the graph's initializers at their bytes. Raises ExportError unless they match one to one."""
     waiting = {name for name, value in model.graph.initializers.items() if value.const_value is None}
-    names = {target.name for target in placed}
-    if waiting != names:
-        raise ExportError(f"graph and checkpoint disagree on the weights: {sorted(waiting ^ names)}")
-    for target in placed:
+    targets = {target.name: target for target in placed}
+    if waiting != set(targets):
+        raise ExportError(f"graph and checkpoint disagree on the weights: {sorted(waiting ^ set(targets))}")
+    for target in targets.values():
         value = model.graph.initializers[target.name]
         shape = tuple(value.shape or ())
         if shape != target.shape:
             raise ExportError(f"{target.name}: the graph has shape {shape}, the checkpoint {target.shape}")
         value.const_value = ir.ExternalTensor(
-            DATA_NAME,
+            target.file,
             target.offset,
             target.bytes,
             ir.DataType[{"float32": "FLOAT"}.get(target.dtype, target.dtype.upper())],
@@ -111,14 +142,53 @@ def bind_weights(model: ir.Model, placed: list[PlacedTensor]) -> None:
         )
 
 
-def _require_finite(name: str, before: torch.Tensor, after: torch.Tensor, dtype: str) -> None:
-    # The largest magnitude is NaN or infinite if any is, and is found 60 times faster than isfinite().all().
-    if math.isfinite(after.abs().max().item()):
-        return
-    found, largest = before.abs().max().item(), torch.finfo(after.dtype).max
-    if not math.isfinite(found):
-        raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
-    wider = "fp32" if dtype == "bfloat16" else "bf16"
-    raise CheckpointError(
-        f"{name} holds {found:.6g}, which overflows {dtype} (largest: {largest:g}); use --precision {wider}"
-    )
+def _serves(weight: Weight, dtype: str) -> bool:
+    """Whether the stored bytes are the weight in `dtype`, where a number may begin."""
+    stored = weight.stored
+    return weight.untouched and stored.dtype == dtype and stored.offset % DTYPE_BYTES[dtype] == 0
+
+
+def _usable_files(weights: Iterable[Weight], dtype: str) -> dict[Path, int]:
+    """Files of which enough serves, with the bytes that do; of two with one name the one that serves more."""
+    serving: defaultdict[Path, int] = defaultdict(int)
+    for weight in weights:
+        if _serves(weight, dtype):
+            serving[weight.stored.path] += weight.stored.bytes
+    enough = {path: used for path, used in serving.items() if used >= _LINKED_SHARE * path.stat().st_size}
+    best: dict[str, Path] = {}
+    for path in sorted(enough, key=lambda path: enough[path]):
+        best[path.name] = path
+    return {best[name]: enough[best[name]] for name in sorted(best)}
+
+
+class _Writer:
+    """Hashes and writes on a thread of its own, so that the next piece is converted meanwhile."""
+
+    def __init__(self, file: BinaryIO, advance: Advance) -> None:
+        self.digest = hashlib.sha256()
+        self._file, self._advance = file, advance
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def put(self, data: bytes | memoryview) -> None:
+        """Take a piece once the one before it is written. Raises what writing that one raised."""
+        self._settle()
+        self._pending = self._pool.submit(self._emit, data)
+
+    def _emit(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self._file.write(data)
+        self._advance(len(data))
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._pool:
+            if kind is None:
+                self._settle()

@@ -49,6 +49,54 @@ def sharded(source: Path, out: Path, shards: int = 2) -> Path:
     return out
 
 
+MISTRAL_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def mistral_format(source: Path, out: Path, **params: object) -> Path:
+    """The same checkpoint in Mistral's own layout. params: keys of params.json, left out where None."""
+    out.mkdir(parents=True)
+    raw = json.loads((source / "config.json").read_text())
+    theta = raw["rope_parameters"]["rope_theta"]
+    found = {
+        "dim": raw["hidden_size"],
+        "n_layers": raw["num_hidden_layers"],
+        "head_dim": raw["head_dim"],
+        "hidden_dim": raw["intermediate_size"],
+        "n_heads": raw["num_attention_heads"],
+        "n_kv_heads": raw["num_key_value_heads"],
+        "norm_eps": raw["rms_norm_eps"],
+        "vocab_size": raw["vocab_size"],
+        "rope_theta": theta,
+        "sliding_window": raw["sliding_window"],
+        "max_position_embeddings": raw["max_position_embeddings"],
+        **params,
+    }
+    (out / "params.json").write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+    tensors = {}
+    for name, tensor in load_file(source / SINGLE).items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = tensor.view(-1, 2, raw["head_dim"] // 2, tensor.shape[1])  # [heads, 2, pairs, columns]
+            tensor = halves.transpose(1, 2).reshape(tensor.shape).contiguous()
+        for theirs, own in MISTRAL_NAMES.items():
+            name = name.replace(theirs, own)
+        tensors[name.removeprefix("model.")] = tensor
+    save_file(tensors, out / "consolidated.safetensors")
+    return out
+
+
 def hub_cache(source: Path, root: Path, repository: str = "some-org/Some-Model-7B") -> Path:
     """The same checkpoint as huggingface_hub keeps it: snapshots of links into `blobs`."""
     home = root / ("models--" + repository.replace("/", "--"))

@@ -1,9 +1,19 @@
-"""ONNX graphs made by hand for the tests."""
+"""ONNX graphs made by hand for the tests, and the weights of an exported one."""
 
+from pathlib import Path
+
+import numpy as np
+import onnx
 import onnx_ir as ir
+import torch
+from safetensors.torch import load_file
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.export.checkpoint import expected_shapes
+from mistral_trt.manifest import read_manifest
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precision → torch's dtype of the weights."""
 
 
 def bare_graph(contract: GraphContract) -> ir.Model:
@@ -15,3 +25,37 @@ def bare_graph(contract: GraphContract) -> ir.Model:
     ]
     graph = ir.Graph([], [], nodes=[], initializers=weights, opset_imports={"": 24}, name="bare")
     return ir.Model(graph, ir_version=10)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an ONNX folder by the graph's own references, as raw 16- or 32-bit integers.
+
+    Read by hand: `onnx.load` opens no file that has a second name, as linked weights do.
+    """
+    names, found = set(read_manifest(folder, "onnx").details["weights"]), {}
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    for initializer in graph.initializer:
+        if initializer.name in names:
+            place = {entry.key: entry.value for entry in initializer.external_data}
+            length, offset = int(place["length"]), int(place["offset"])
+            integers = np.int32 if initializer.data_type == onnx.TensorProto.FLOAT else np.int16
+            with (folder / place["location"]).open("rb") as file:
+                file.seek(offset)
+                array = np.frombuffer(file.read(length), integers).reshape(tuple(initializer.dims))
+            found[initializer.name] = torch.from_numpy(array.copy())
+    return found
+
+
+def check_weights(folder: Path, checkpoint: Path, precision: str) -> None:
+    """Every weight of the folder is torch's conversion of the checkpoint's, bit for bit."""
+    found, original = weights_of(folder), load_file(checkpoint / "model.safetensors")
+    assert set(found) == set(original)
+    for name, tensor in original.items():
+        converted = tensor.to(DTYPES[precision])
+        bits = converted.view(torch.int32 if converted.dtype == torch.float32 else torch.int16)
+        assert torch.equal(found[name], bits), name
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -38,7 +38,7 @@ from mistral_trt.engines.network import (
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
-from tests.models import write_checkpoint
+from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -52,8 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     checkpoint = write_checkpoint(
         root / "checkpoint", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
     )
-    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
-    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    write_tokenizer(checkpoint)
 
     def folder(precision: str) -> Path:
         path = root / precision
@@ -493,7 +492,12 @@ def leftovers(folder: Path) -> list[str]:
 def check_engine(folder: Path, onnx_dir: Path) -> Manifest:
     """Read an engine folder back and check it against the ONNX folder it was made from."""
     manifest, source = read_manifest(folder, "engine"), read_manifest(onnx_dir, "onnx")
-    assert set(manifest.files) == {"model.plan", "tokenizer.json", "chat_template.jinja"}
+    assert set(manifest.files) == {
+        "model.plan",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert manifest.sources == {"onnx": manifest_sha256(onnx_dir), **source.sources}
     assert manifest.contract == source.contract
     assert manifest.files["tokenizer.json"] == source.files["tokenizer.json"]

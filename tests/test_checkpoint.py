@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistral_trt.errors import CheckpointError, ConfigError, MistralTrtError
-from mistral_trt.export import checkpoint as checkpoints
-from mistral_trt.export.checkpoint import Checkpoint, expected_shapes, remembered_sha256, require_folder
-from mistral_trt.manifest import sha256_file
+from mistral_trt.export.checkpoint import Checkpoint, expected_shapes, require_folder
 from tests.checkpoints import INDEX, SINGLE, altered, forged, hub_cache, sharded, stored
 from tests.conftest import Folder
 
@@ -34,10 +32,10 @@ def source(tiny_checkpoint: Folder) -> Path:
 def contents(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The raw bytes of every tensor, in order."""
     found = {}
-    for name, tensor in checkpoint.tensors.items():
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            found[name] = file.read(tensor.bytes)
+    for name, weight in checkpoint.weights.items():
+        with weight.stored.path.open("rb") as file:
+            file.seek(weight.stored.offset)
+            found[name] = file.read(weight.stored.bytes)
     return found
 
 
@@ -48,23 +46,23 @@ def test_it_finds_every_weight_of_the_model_and_its_bytes(source: Path) -> None:
     checkpoint = Checkpoint.open(source)
     weights = load_file(source / SINGLE)
     assert checkpoint.config.num_hidden_layers == 1
-    assert list(checkpoint.tensors) == list(expected_shapes(checkpoint.config))
+    assert list(checkpoint.weights) == list(expected_shapes(checkpoint.config))
     assert contents(checkpoint) == {
-        name: weights[name].view(torch.uint8).numpy().tobytes() for name in checkpoint.tensors
+        name: weights[name].view(torch.uint8).numpy().tobytes() for name in checkpoint.weights
     }
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_shards_hold_the_same_as_one_file(source: Path, tmp_path: Path, shards: int) -> None:
     split = Checkpoint.open(sharded(source, tmp_path / "split", shards))
-    assert len({tensor.path for tensor in split.tensors.values()}) == shards
+    assert len({weight.stored.path for weight in split.weights.values()}) == shards
     assert contents(split) == contents(Checkpoint.open(source))
 
 
 def test_a_single_file_goes_before_an_index_as_in_transformers(source: Path, tmp_path: Path) -> None:
     both = sharded(source, tmp_path / "both")
     shutil.copyfile(source / SINGLE, both / SINGLE)
-    assert {tensor.path.name for tensor in Checkpoint.open(both).tensors.values()} == {SINGLE}
+    assert {weight.stored.path.name for weight in Checkpoint.open(both).weights.values()} == {SINGLE}
 
 
 def test_a_hub_cache_of_links_is_read_and_named_after_its_repository(source: Path, tmp_path: Path) -> None:
@@ -72,7 +70,7 @@ def test_a_hub_cache_of_links_is_read_and_named_after_its_repository(source: Pat
     assert all(path.is_symlink() for path in snapshot.iterdir())
     checkpoint = Checkpoint.open(snapshot)
     assert checkpoint.name == "Some-Model-7B"
-    assert checkpoint.sha256() == Checkpoint.open(source).sha256()
+    assert checkpoint.sources() == Checkpoint.open(source).sources()
     assert contents(checkpoint) == contents(Checkpoint.open(source))
 
 
@@ -106,7 +104,7 @@ def test_tied_weights_may_be_stored_once_or_twice_alike(tiny_checkpoint: Folder,
 def test_the_rotary_tables_of_old_checkpoints_are_passed_over(source: Path, tmp_path: Path) -> None:
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     old = Checkpoint.open(altered(source, tmp_path / "old", tensors=table))
-    assert list(old.tensors) == list(Checkpoint.open(source).tensors)
+    assert list(old.weights) == list(Checkpoint.open(source).weights)
 
 
 def test_an_unknown_key_is_noted_and_does_not_stop(
@@ -147,68 +145,12 @@ def test_the_hash_follows_every_file_that_can_change_an_export(
     source: Path, tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
     copy = shutil.copytree(source, tmp_path / "copy")
-    before = Checkpoint.open(copy).sha256()
-    assert before == Checkpoint.open(source).sha256(), "a copy is the same checkpoint"
+    before = Checkpoint.open(copy).sources()
+    assert before == Checkpoint.open(source).sources(), "a copy is the same checkpoint"
     (copy / "README.md").write_text("read by nobody")
-    assert Checkpoint.open(copy).sha256() == before
+    assert Checkpoint.open(copy).sources() == before
     change(copy)
-    assert Checkpoint.open(copy).sha256() != before
-
-
-def test_hashes_of_large_files_are_remembered_until_the_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoints, "_REMEMBER_BYTES", 4)
-    hashed: list[Path] = []
-
-    def counting(path: Path) -> str:
-        hashed.append(path)
-        return sha256_file(path)
-
-    monkeypatch.setattr(checkpoints, "sha256_file", counting)
-    big, small = tmp_path / "big", tmp_path / "small"
-    big.write_bytes(b"large")
-    small.write_bytes(b"ab")
-    (tmp_path / "link").symlink_to(big)
-    assert remembered_sha256(big) == remembered_sha256(tmp_path / "link") == sha256_file(big)
-    assert hashed == [big]
-    assert remembered_sha256(small) == remembered_sha256(small) == sha256_file(small)
-    assert hashed == [big, small, small]
-    big.write_bytes(b"other")
-    os.utime(big, ns=(1, 1))
-    assert remembered_sha256(big) == sha256_file(big)
-    assert hashed[3:] == [big]
-    (tmp_path / "cache" / "mistral-trt" / "sha256.json").write_text("not json")
-    assert remembered_sha256(big) == sha256_file(big)
-
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def test_text_files_are_those_that_are_there(source: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(source, tmp_path / "copy")
-    (copy / "tokenizer.json").write_text("{}")
-    (copy / "chat_template.jinja").write_text("{{ x }}")
-    found = Checkpoint.open(copy).text_files()
-    assert [path.name for path in found] == ["tokenizer.json", "chat_template.jinja"]
-
-
-def test_no_tokenizer_at_all_is_noted(source: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "mistral_trt"):
-        assert Checkpoint.open(source).text_files() == []
-    assert "has no tokenizer.json: the artifact will take token ids, not text" in caplog.text
-
-
-def test_tokenizer_model_alone_is_refused_with_the_command_that_converts(
-    source: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(source, tmp_path / "copy")
-    (copy / "tokenizer.model").write_bytes(b"sentencepiece")
-    with pytest.raises(
-        CheckpointError, match="has tokenizer.model but no tokenizer.json; make it with: python -c"
-    ):
-        Checkpoint.open(copy).text_files()
+    assert Checkpoint.open(copy).sources() != before
 
 
 # ---------------------------------------------------------------- folders that are none
@@ -366,9 +308,9 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "index without a map": (with_index("{}"), f"{INDEX} has no weight_map"),
     "index with an empty map": (with_index('{"weight_map": {}}'), "has no weight_map"),
     "index with a list": (with_index('{"weight_map": ["a"]}'), "has no weight_map"),
-    "index leaves the folder": (edit_index(**{NORM: "../evil"}), "'../evil' is not a plain file"),
-    "index names a root path": (edit_index(**{NORM: "/etc/passwd"}), "is not a plain file name"),
-    "index names null": (edit_index(**{NORM: 5}), "/5 is missing; model.safetensors.index.json"),
+    "index leaves the folder": (edit_index(**{NORM: "../evil"}), "'../evil' is not a plain name"),
+    "index names a root path": (edit_index(**{NORM: "/etc/passwd"}), "is not a plain name"),
+    "index names null": (edit_index(**{NORM: 5}), "'5' is not a plain name of a safetensors file"),
     "missing shard": (without_shard, "model-00002-of-00002.safetensors is missing; model.safete"),
     "tensor not in its shard": (edit_index(x="model-00001-of-00002.safetensors"), "not hold 'x'"),
     "tensor not in the index": (edit_index(**{NORM: None}), f"holds '{NORM}', which {INDEX}"),

@@ -301,7 +301,7 @@ def test_a_precision_that_is_not_known_is_a_usage_error(capsys: pytest.CaptureFi
 
 def test_identify_prints_name_and_hash(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["identify", str(source)]) == 0
-    assert capsys.readouterr().out == f"tiny-{Checkpoint.open(source).sha256()[:8]}\n"
+    assert capsys.readouterr().out == f"tiny-{Checkpoint.open(source).sources()['checkpoint'][:8]}\n"
 
 
 @pytest.mark.usefixtures("untraced")

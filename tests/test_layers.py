@@ -129,12 +129,13 @@ def undeclared(root: Path) -> list[str]:
         return names
 
     allowed = {"export": "export", "engines": "engines", "validate": "validate", "runtime": "onnxruntime"}
+    own = {"demo_model": "demo", "synth": "synth"}
     base, found = packages(project["dependencies"]), []
     for name, path in modules(root).items():
         stage = stage_of(name)
         declared = set(base) | {"mistral_trt"}
         if stage:
-            declared |= packages(extras["demo" if path.stem == "demo_model" else allowed[stage]])
+            declared |= packages(extras[own.get(path.stem, allowed[stage])])
         elif path.stem == "progress":
             declared |= packages(extras["export"]) & packages(extras["engines"])
         for line, target, _ in imports(path.read_text()):

@@ -22,7 +22,7 @@ import mistral_trt
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "engines", "runtime", "validate")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SHIPPED = {".py", ".toml", ".html", ".txt", ".typed"}
+SHIPPED = {".py", ".toml", ".json", ".html", ".txt", ".typed"}
 
 
 def python(code: str, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mistral_trt.cli import log_to_stderr
-from mistral_trt.progress import note, track
+from mistral_trt.progress import note, quiet, track
 
 
 @pytest.fixture
@@ -27,13 +27,20 @@ def test_a_note_goes_to_the_log_of_the_package(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("unit", "lines"),
     [
-        ("bytes", ["work: 5 MB of 20 MB, 11 s", "work: 12 MB of 20 MB, 23 s", "work: 12 MB in 23.0 s"]),
+        (
+            "bytes",
+            [
+                "work: 500 MB of 2000 MB, 11 s, 45 MB/s",
+                "work: 1200 MB of 2000 MB, 23 s, 52 MB/s",
+                "work: 1200 MB in 23.0 s, 52 MB/s",
+            ],
+        ),
         (
             "layers",
             [
-                "work: 5000000 layers of 20000000 layers, 11 s",
-                "work: 12000000 layers of 20000000 layers, 23 s",
-                "work: 12000000 layers in 23.0 s",
+                "work: 500000000 layers of 2000000000 layers, 11 s",
+                "work: 1200000000 layers of 2000000000 layers, 23 s",
+                "work: 1200000000 layers in 23.0 s",
             ],
         ),
     ],
@@ -41,8 +48,8 @@ def test_a_note_goes_to_the_log_of_the_package(caplog: pytest.LogCaptureFixture)
 def test_plain_lines_come_every_ten_seconds_and_at_the_end(
     clock: list[float], caplog: pytest.LogCaptureFixture, unit: str, lines: list[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "mistral_trt"), track("work", 20_000_000, unit=unit) as advance:
-        for seconds, amount in ((1, 2_000_000), (10, 3_000_000), (2, 4_000_000), (10, 3_000_000)):
+    with caplog.at_level(logging.INFO, "mistral_trt"), track("work", 2_000_000_000, unit=unit) as advance:
+        for seconds, amount in ((1, 200_000_000), (10, 300_000_000), (2, 400_000_000), (10, 300_000_000)):
             clock[0] += seconds
             advance(amount)
     assert caplog.messages == lines
@@ -62,12 +69,33 @@ def test_a_terminal_gets_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unit: str, shown: str
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    log_to_stderr()
     with track("work", 2000, unit=unit) as advance:
         advance(1500)
         advance(500)
     written = capsys.readouterr()
     assert written.out == ""
     assert "work" in written.err and shown in written.err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_when_it_is_quiet_only_warnings_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    log_to_stderr()
+    quiet()
+    note("unsaid")
+    with track("work", 1, unit="bytes") as advance:
+        advance(1)
+    logging.getLogger("mistral_trt").warning("said")
+    assert capsys.readouterr() == ("", "said\n")
+
+
+def test_work_without_a_moment_has_no_rate(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mistral_trt"), track("work", 10**9, unit="bytes") as advance:
+        advance(10**9)
+    assert caplog.messages == ["work: 1000 MB in 0.0 s"]
 
 
 def test_nothing_of_it_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def oracle(checkpoint: Path, window: int, tokens: list[int] = TOKENS) -> np.ndar
 def test_huggingface_equals_the_oracle(tiny_checkpoint: Folder, shape: dict[str, object]) -> None:
     checkpoint = tiny_checkpoint(**shape)
     for window in (1, 8, 60):
-        found = run_reference(checkpoint, TOKENS, sliding_window=window)
+        found = run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=window)
         np.testing.assert_allclose(found.logits(0, 60), oracle(checkpoint, window), atol=1e-5)
 
 
@@ -79,26 +79,33 @@ def test_norm_and_softmax_of_known_values() -> None:
 def test_logits_in_pieces_equal_the_whole_forward(tiny_checkpoint: Folder) -> None:
     checkpoint = tiny_checkpoint()
     with torch.inference_mode():
-        whole = load_model(checkpoint, sliding_window=8)(torch.tensor([TOKENS])).logits[0].numpy()
-    found = run_reference(checkpoint, TOKENS, sliding_window=8)
+        whole = (
+            load_model(Checkpoint.open(checkpoint), sliding_window=8)(torch.tensor([TOKENS]))
+            .logits[0]
+            .numpy()
+        )
+    found = run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=8)
     pieces = np.concatenate([found.logits(0, 7), found.logits(7, 60)])
     assert pieces.dtype == np.float32
     np.testing.assert_allclose(pieces, whole, atol=2e-6)
 
 
 def test_the_window_is_the_artifacts_not_the_checkpoints(tiny_checkpoint: Folder) -> None:
-    windowless = run_reference(tiny_checkpoint(sliding_window=None), TOKENS, sliding_window=8).logits(0, 60)
-    windowed = run_reference(tiny_checkpoint(), TOKENS, sliding_window=8).logits(0, 60)
+    windowless = run_reference(
+        Checkpoint.open(tiny_checkpoint(sliding_window=None)), TOKENS, sliding_window=8
+    ).logits(0, 60)
+    windowed = run_reference(Checkpoint.open(tiny_checkpoint()), TOKENS, sliding_window=8).logits(0, 60)
     np.testing.assert_array_equal(windowless, windowed)
 
 
 def test_a_half_loaded_reference_is_refused(tiny_checkpoint: Folder, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "holes")
+    source = Checkpoint.open(checkpoint)
     weights = load_file(checkpoint / "model.safetensors")
-    del weights["model.norm.weight"]
+    del weights["model.norm.weight"]  # as if transformers looked for it under another name
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValidationError, match=r"did not load model\.norm\.weight"):
-        load_model(checkpoint, sliding_window=8)
+        load_model(source, sliding_window=8)
 
 
 def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -107,7 +114,7 @@ def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValidationError, match="NaN or infinity"):
-        run_reference(checkpoint, TOKENS, sliding_window=8)
+        run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=8)
 
 
 def test_another_checkpoint_is_refused(onnx_folder: Folder, tiny_checkpoint: Folder) -> None:
@@ -121,7 +128,7 @@ def test_a_reference_larger_than_memory_is_refused(
     tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(tiny_checkpoint())
-    weights = 4 * sum(tensor.elements for tensor in source.tensors.values())
+    weights = 4 * sum(weight.elements for weight in source.weights.values())
     require_memory(source, 100)
     with pytest.raises(ValidationError, match="attention over 1000000 tokens.*use a smaller --length"):
         require_memory(source, 1_000_000)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from mistral_trt.cli import run
-from mistral_trt.progress import note
+from mistral_trt.export.lora import parse_lora
+from mistral_trt.progress import note, quiet
 from mistral_trt.validate.comparison import validate_artifact
 from mistral_trt.validate.report import HTML_NAME
 
@@ -21,6 +22,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: our own)")
     parser.add_argument("--length", type=int, metavar="N", help="positions (default: past 3W and 2R)")
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="an adapter it was made with",
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and the result")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random tokens and padding")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
     return parser.parse_args(argv)
@@ -29,6 +39,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def validate(argv: list[str]) -> int:
     """Run the command. Raises MistralTrtError if the validation could not run."""
     args = parse(argv)
+    if args.quiet:
+        quiet()
     report = validate_artifact(
         args.folder,
         reference=args.reference,
@@ -37,6 +49,7 @@ def validate(argv: list[str]) -> int:
         length=args.length,
         seed=args.seed,
         threads=args.threads,
+        loras=args.lora,
     )
     for remark in report.notes:
         note(remark)

@@ -13,6 +13,7 @@ import numpy as np
 from mistral_trt.artifact import new_artifact, require_apart
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.export.lora import Adapter
 from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
 from mistral_trt.progress import Advance, note, track
 from mistral_trt.runtime.cache import RollingCache
@@ -67,6 +68,7 @@ class Job:
     length: int | None
     seed: int
     threads: int | None
+    loras: tuple[tuple[Path, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -81,6 +83,8 @@ class Job:
         for name in ("text", "length", "threads"):
             value = getattr(self, name)
             words += [] if value is None else [f"--{name}", value]
+        for adapter, scale in self.loras:
+            words += ["--lora", f"{adapter}:{scale}"]
         return shlex.join(str(word) for word in [*words, "--seed", self.seed])
 
 
@@ -93,19 +97,21 @@ def validate_artifact(
     length: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> Report:
     """Compare an ONNX folder with the checkpoint it was made from and write the report to `out`.
 
     text: what both read, None for the text that comes along (random tokens without a tokenizer).
     length: positions compared, None for enough to wrap twice.  threads: of ONNX Runtime.
+    loras: the adapters it was made with, and their scales.
     A failed gate is a report with `passed` False; ValidationError and others mean it could not run.
     """
-    job = Job(folder, reference, out, text, length, seed, threads)
+    job = Job(folder, reference, out, text, length, seed, threads, tuple(loras))
     require_apart(out, folder)
     require_apart(out, reference)
     manifest = read_manifest(folder)
     require_runnable(folder, manifest)
-    source = Checkpoint.open(reference)
+    source = Checkpoint.open(reference, [Adapter.open(adapter, scale) for adapter, scale in loras])
     require_same_checkpoint(manifest, source)
     tokens = choose_tokens(job, manifest)
     require_memory(source, len(tokens.ids))
@@ -120,8 +126,8 @@ def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> 
     started, clock = datetime.now(UTC), time.monotonic()
     contract, length = manifest.contract, len(tokens.ids)
     note(f"reference: {length} positions through MistralForCausalLM, float32, eager attention")
-    expected = run_reference(source.folder, tokens.ids, sliding_window=contract.ring.sliding_window)
-    weights = sum(tensor.elements for tensor in source.tensors.values())
+    expected = run_reference(source, tokens.ids, sliding_window=contract.ring.sliding_window)
+    weights = sum(weight.elements for weight in source.weights.values())
     plans = scenarios(contract, length, weights=weights, seed=job.seed)
     with open_artifact(job, manifest) as cache:
         results = tuple(run_scenario(cache, plan, tokens=tokens, reference=expected) for plan in plans)

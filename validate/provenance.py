@@ -23,16 +23,21 @@ def describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "stage": manifest.stage,
         "manifest_sha256": manifest_sha256(folder),
         "graph_sha256": manifest.details.get("graph_sha256"),
+        "hazards": manifest.details.get("hazards"),
+        "lora": manifest.details.get("lora", []),
         "versions": dict(manifest.versions),
         **manifest.contract.to_json(),
     }
 
 
 def describe_reference(source: Checkpoint, contract: GraphContract) -> dict[str, Any]:
+    merged = ", adapters merged by peft" if source.adapters else ""
     return {
         "folder": str(source.folder),
-        "sha256": source.sha256(),
-        "implementation": "Hugging Face MistralForCausalLM, float32, eager attention, one forward, no cache",
+        "format": source.format,
+        "sha256": source.sources()["checkpoint"],
+        "implementation": "Hugging Face MistralForCausalLM, float32, eager attention, one forward, no cache"
+        + merged,
         "sliding_window": contract.ring.sliding_window,
         "config": source.config.to_json(),
     }

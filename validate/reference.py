@@ -1,15 +1,16 @@
 """Checkpoint + tokens → the logits the artifact should give: Hugging Face's MistralForCausalLM in float32.
 
-The reference reads the checkpoint and never the artifact. Attention is eager, one forward covers the whole
-sequence, and no cache is involved. What is kept is the last hidden state; logits are made from it for the
-positions that are asked for, because all of them together outgrow the model (T=2,304, V=49,152: 450 MB).
+The reference reads the checkpoint and never the artifact; adapters are merged by peft. Attention is eager,
+one forward covers the whole sequence, and no cache is involved. What is kept is the last hidden state; logits
+are made from it for the positions that are asked for, because all of them together outgrow the model
+(T=2,304, V=49,152: 450 MB).
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import transformers
 from transformers import MistralConfig, MistralForCausalLM
 
 from mistral_trt.engines.budget import available_memory_bytes
-from mistral_trt.errors import ValidationError
-from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.errors import ValidationError, require
+from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
+from mistral_trt.export.conversion import pieces
+from mistral_trt.export.lora import Adapter
 from mistral_trt.manifest import Manifest
 
 
@@ -40,36 +43,64 @@ class Reference:
         return logits
 
 
-def run_reference(checkpoint: Path, tokens: Sequence[int], *, sliding_window: int) -> Reference:
+def run_reference(source: Checkpoint, tokens: Sequence[int], *, sliding_window: int) -> Reference:
     """One teacher-forced forward over all tokens.
 
     sliding_window: W, the query's own token included, whatever config.json says.
     Raises ValidationError if the checkpoint does not load whole or needs more memory than there is.
     """
-    model = load_model(checkpoint, sliding_window=sliding_window)
+    model = load_model(source, sliding_window=sliding_window)
     with torch.inference_mode():
         input_ids = torch.tensor([list(tokens)])  # [1, T]
         hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0]  # [T, hidden_size]
         head = model.lm_head.weight.detach()  # [V, hidden_size]
     if not torch.isfinite(hidden).all():
-        raise ValidationError(f"{checkpoint}: the reference itself gives NaN or infinity; it proves nothing")
+        raise ValidationError(
+            f"{source.folder}: the reference itself gives NaN or infinity; it proves nothing"
+        )
     return Reference(hidden, head)
 
 
-def load_model(checkpoint: Path, *, sliding_window: int) -> MistralForCausalLM:
-    """The checkpoint in Hugging Face's class: float32, eager, no code and nothing from the network."""
+def load_model(source: Checkpoint, *, sliding_window: int) -> MistralForCausalLM:
+    """The checkpoint in Hugging Face's class: float32, eager, no code and nothing from the network.
+
+    Raises ValidationError if it does not load whole.
+    """
+    load = _load_mistral if source.format == "mistral" else _load_hugging_face
+    with quiet_transformers():
+        model = load(source, sliding_window)
+        return _merge(model, source.adapters) if source.adapters else model
+
+
+def _load_mistral(source: Checkpoint, sliding_window: int) -> MistralForCausalLM:
+    """transformers does not read Mistral's own format: the weights come through our reader of it."""
+    base = Checkpoint.open(source.folder) if source.adapters else source
+    settings = {**base.config.to_json(), "sliding_window": sliding_window}
+    model: Any = MistralForCausalLM(MistralConfig(**settings))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, weight in base.weights.items():
+            parameters[name].copy_(
+                torch.cat([piece.reshape(-1) for piece in pieces(weight)]).view(weight.shape)
+            )
+    whole: MistralForCausalLM = model.eval()
+    return whole
+
+
+def _load_hugging_face(source: Checkpoint, sliding_window: int) -> MistralForCausalLM:
+    checkpoint = source.folder
     config = MistralConfig.from_pretrained(checkpoint, local_files_only=True)
     config.sliding_window = sliding_window
-    with quiet_transformers():
-        result: Any = MistralForCausalLM.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    result: Any = MistralForCausalLM.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     model: MistralForCausalLM = result[0]
     loaded: dict[str, Any] = result[1]
     absent = sorted({*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])})
@@ -78,15 +109,42 @@ def load_model(checkpoint: Path, *, sliding_window: int) -> MistralForCausalLM:
     return model  # from_pretrained leaves it in evaluation mode
 
 
+def _merge(model: MistralForCausalLM, adapters: Sequence[Adapter]) -> MistralForCausalLM:
+    """The model with its adapters merged in, by peft: all loaded first, each onto the model as it was."""
+    peft: Any = require("peft", "validate")
+    for adapter in adapters:
+        if EMBEDDING in adapter.replacements:
+            model.resize_token_embeddings(adapter.replacements[EMBEDDING].shape[0], mean_resizing=False)
+    scales = {f"adapter{i}": adapter.scale for i, adapter in enumerate(adapters)}
+    names = list(scales)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's remarks on what Adapter.open has already judged
+        wrapped = peft.PeftModel.from_pretrained(model, str(adapters[0].folder), adapter_name=names[0])
+        for name, adapter in zip(names[1:], adapters[1:], strict=True):
+            wrapped.load_adapter(str(adapter.folder), adapter_name=name)
+        for module in wrapped.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                for name in set(scales) & set(module.scaling):
+                    module.scaling[name] *= scales[name]
+        merged: MistralForCausalLM = wrapped.merge_and_unload(adapter_names=names).eval()
+    return merged
+
+
 def require_same_checkpoint(manifest: Manifest, source: Checkpoint) -> None:
     """Raise ValidationError unless the artifact was made from this checkpoint, unaltered since."""
+    found = source.sources()
     made_from = manifest.sources.get("checkpoint")
-    found = source.sha256()
-    if made_from != found:
+    if made_from != found["checkpoint"]:
         raise ValidationError(
-            f"{source.folder} is not the checkpoint this artifact was made from: its hash is {found[:12]}…, "
-            f"the artifact's manifest names {str(made_from)[:12]}…; pass the right one as --reference, or "
-            "export again"
+            f"{source.folder} is not the checkpoint this artifact was made from: its hash is "
+            f"{found['checkpoint'][:12]}…, the artifact's manifest names {str(made_from)[:12]}…; "
+            "pass the right one as --reference, or export again"
+        )
+    if manifest.sources.get("lora") != found.get("lora"):
+        merged = manifest.details.get("lora") or []
+        names = ", ".join(f"{entry['name']} at scale {entry['scale']:g}" for entry in merged) or "no adapter"
+        raise ValidationError(
+            f"this artifact was made with {names}; pass the same, in the same order, as --lora DIR[:SCALE]"
         )
 
 
@@ -95,7 +153,7 @@ def require_memory(source: Checkpoint, length: int) -> None:
 
     Eager attention keeps the scores of one layer, [H, T, T], about 2.5 times over.
     """
-    weights = 4 * sum(tensor.elements for tensor in source.tensors.values())
+    weights = 4 * sum(weight.elements for weight in source.weights.values())
     scores = int(2.5 * 4 * source.config.num_attention_heads * length**2)
     present = available_memory_bytes()
     if weights + scores > present:

@@ -62,9 +62,17 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     """The same numbers as float32, read when they are written out, so that one tensor is held at a time."""
 
     def read() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+        return ir.tensor(_numbers(tensor).astype(np.float32), name=tensor.name)
 
     return ir.LazyTensor(read, WIDE, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _numbers(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A tensor's values. onnx_ir opens no file with a second name, and weights may lie in such a file."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy())
+    shape = tensor.shape.numpy()
+    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
 
 
 def _widened_attribute(attribute: ir.Attr) -> ir.Attr:

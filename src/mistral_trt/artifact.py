@@ -4,6 +4,7 @@ An artifact is written into a hidden folder beside its place and moved there in 
 manifest, the last file, is on disk. A killed run leaves a hidden folder that the next run removes.
 """
 
+import errno
 import fcntl
 import glob
 import json
@@ -17,6 +18,8 @@ from pathlib import Path
 from mistral_trt.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
+
+_CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def cache_folder() -> Path:
@@ -80,6 +83,21 @@ def write_file(path: Path, data: bytes) -> None:
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Give a file a second name in an artifact; its bytes are shared and never opened for writing.
+
+    Symbolic links are followed first. Returns False, with nothing done, where the two places cannot share
+    a file: other disks, a filesystem without links, a file of another owner.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    return True
 
 
 def _refuse_foreign(out: Path, marker: str) -> None:

@@ -22,7 +22,13 @@ COMMANDS = {
     "gpus": ("mistral_trt.engines.__main__", "gpus", "the GPUs an engine can be built for"),
     "identify": ("mistral_trt.export.__main__", "identify", "checkpoint → its name and hash"),
     "demo-model": ("mistral_trt.export.demo_model", "demo_model", "fetch the demo checkpoint"),
+    "synth": (
+        "mistral_trt.export.synth",
+        "synth",
+        "named configuration → a full-size checkpoint of random weights",
+    ),
 }
+_MODULE_EXTRAS = {"demo_model": "demo", "synth": "synth"}
 _STAGE_EXTRAS = {"export": "export", "engines": "engines", "validate": "validate", "runtime": "onnxruntime"}
 
 
@@ -72,7 +78,7 @@ def load(module: str) -> object:
         if missing.startswith("mistral_trt"):
             raise
         parts = module.split(".")
-        extra = "demo" if parts[-1] == "demo_model" else _STAGE_EXTRAS.get(parts[1], "all")
+        extra = _MODULE_EXTRAS.get(parts[-1]) or _STAGE_EXTRAS.get(parts[1], "all")
         raise MissingDependencyError(
             f"this command needs the package {missing!r}, which is not installed; "
             f"run: pip install 'mistral-trt[{extra}]'"

@@ -22,10 +22,17 @@ def note(message: str) -> None:
     log.info(message)
 
 
+def quiet() -> None:
+    """Say nothing of how far the work is; warnings and errors are still said."""
+    log.setLevel(logging.WARNING)
+
+
 @contextmanager
 def track(title: str, total: int, *, unit: str = "steps") -> Iterator[Advance]:
     """Yield `advance(n)`. unit: "bytes" shows sizes and rates, anything else counts."""
-    if sys.stderr.isatty():
+    if not log.isEnabledFor(logging.INFO):
+        yield lambda n: None
+    elif sys.stderr.isatty():
         with _rich_bar(title, total, unit) as advance:
             yield advance
     else:
@@ -61,13 +68,18 @@ def _plain_lines(title: str, total: int, unit: str) -> Iterator[Advance]:
     def amount(n: int) -> str:
         return f"{n / 1e6:.0f} MB" if unit == "bytes" else f"{n} {unit}"
 
+    def rate(seconds: float) -> str:
+        return f", {done / 1e6 / seconds:.0f} MB/s" if unit == "bytes" and seconds else ""
+
     def advance(n: int) -> None:
         nonlocal done, last
         done += n
         now = time.monotonic()
         if done < total and now - last > _PLAIN_INTERVAL_S:
             last = now
-            note(f"{title}: {amount(done)} of {amount(total)}, {now - started:.0f} s")
+            seconds = now - started
+            note(f"{title}: {amount(done)} of {amount(total)}, {seconds:.0f} s{rate(seconds)}")
 
     yield advance
-    note(f"{title}: {amount(done)} in {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    note(f"{title}: {amount(done)} in {seconds:.1f} s{rate(seconds)}")
