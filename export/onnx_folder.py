@@ -1,9 +1,8 @@
 """Checkpoint folder → ONNX folder: the stage's one public function, in the order of the work."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mistral_trt.contract import GraphContract, plan_contract
 from mistral_trt.errors import ArtifactError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
 from mistral_trt.export.conversion import Census
+from mistral_trt.export.data_file import DataFile
 from mistral_trt.export.graph import build_graph, graph_sha256
 from mistral_trt.export.identity import remembered_sha256
 from mistral_trt.export.lora import Adapter
@@ -113,45 +113,30 @@ def export_checkpoint(
 def trace_and_write(
     source: Checkpoint, contract: GraphContract, plan: WeightPlan, folder: Path, census: Census
 ) -> tuple[ir.Model, dict[str, str], dict[str, str]]:
-    """Trace the graph while one thread writes the weights and another hashes the checkpoint.
+    """Trace the graph, then write the weights, while a thread hashes the checkpoint.
 
-    Returns the graph, the hashes of the large files by name, and the manifest's sources.
+    One after the other, because tracing leaves other threads little of the interpreter. Returns the graph,
+    the hashes of the large files by name, and the manifest's sources.
     """
-
-    def write(stop: Callable[[], bool]) -> dict[str, str]:
+    note(f"tracing {source.config.num_hidden_layers} layers")
+    with ThreadPoolExecutor(1) as pool, single_threaded_torch():
+        sources = pool.submit(source.sources)
+        model = build_graph(contract)
         hashes = {}
         if plan.written:
-            data = folder / DATA_NAME
-            hashes[DATA_NAME] = write_weights(source.weights, plan, data, census=census, stop=stop)
-        inspect_linked(source.weights, plan, census=census, stop=stop)
-        return hashes
-
-    note(
-        f"tracing {source.config.num_hidden_layers} layers, writing {plan.data_bytes / 1e9:.2f} GB of weights"
-    )
-    with background() as start:
-        written, sources = start(write), start(lambda _: source.sources())
-        model = build_graph(contract)
-        hashes = written.result()
+            hashes[DATA_NAME] = write_weights(source.weights, plan, folder / DATA_NAME, census=census)
+        inspect_linked(source.weights, plan, census=census)
         found = sources.result()
     return model, hashes | {name: remembered_sha256(path) for name, path in plan.linked.items()}, found
 
 
 @contextmanager
-def background() -> Iterator[Callable[[Callable[[Callable[[], bool]], Any]], "Future[Any]"]]:
-    """Yield a function that starts another in a thread, with a question to ask: is it to stop?
-
-    Leaving the block by an exception (Ctrl-C is one) stops what runs; either way nothing runs afterwards.
-    """
-    failed, threads = threading.Event(), torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's own threads wait by spinning, and these here have work for every core
+def single_threaded_torch() -> Iterator[None]:
+    """torch's own threads wait by spinning, and while weights stream there is work for every core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor() as pool:
-            try:
-                yield lambda function: pool.submit(function, failed.is_set)
-            except BaseException:
-                failed.set()
-                raise
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -176,12 +161,11 @@ def place_linked(plan: WeightPlan, folder: Path) -> None:
         require_space(folder, size + _SPARE_BYTES)
         with (
             path.open("rb") as old,
-            (folder / name).open("xb") as new,
             track(name, size, unit="bytes") as advance,
+            DataFile(folder / name, advance) as new,
         ):
             while piece := old.read(_COPIED_AT_ONCE):
                 new.write(piece)
-                advance(len(piece))
 
 
 def note_hazards(census: Census) -> None:

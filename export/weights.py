@@ -4,20 +4,18 @@ A weight whose stored bytes are what the graph wants stays where it is: its file
 folder and the graph refers into it. All others are converted into `model.onnx.data`, as a stream.
 """
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx_ir as ir
 
 from mistral_trt.contract import DTYPE_BYTES
 from mistral_trt.errors import ExportError
 from mistral_trt.export.conversion import Census, Weight, convert, pieces
-from mistral_trt.progress import Advance, track
+from mistral_trt.export.data_file import DataFile
+from mistral_trt.progress import track
 
 DATA_NAME = "model.onnx.data"
 ALIGNMENT_BYTES = 4096
@@ -88,37 +86,33 @@ def write_weights(
     path: Path,
     *,
     census: Census,
-    stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Write `model.onnx.data` and return its SHA-256. It ends early once `stop` says so.
+    """Write `model.onnx.data` and return its SHA-256.
 
     Raises CheckpointError for a weight that is not finite, or not finite in the target dtype.
     """
     with (
-        path.open("wb") as file,
         track("weights", plan.data_bytes, unit="bytes") as advance,
-        _Writer(file, advance) as writer,
+        DataFile(path, advance) as file,
     ):
         end = 0
         for target in plan.written:
-            writer.put(bytes(target.offset - end))
+            file.write(bytes(target.offset - end))
             end = target.offset + target.bytes
             for piece in convert(weights[target.name], target.dtype, census):
-                if stop():
-                    return ""
-                writer.put(piece)
-    return writer.digest.hexdigest()
+                file.write(piece)
+    return file.sha256()
 
 
-def inspect_linked(
-    weights: Mapping[str, Weight], plan: WeightPlan, *, census: Census, stop: Callable[[], bool]
-) -> None:
+def inspect_linked(weights: Mapping[str, Weight], plan: WeightPlan, *, census: Census) -> None:
     """Take the census of the weights that are not converted. Raises as `write_weights` does."""
-    for target in plan.in_place:
-        for piece in pieces(weights[target.name]):
-            if stop():
-                return
-            census.take(target.name, piece)
+    if not plan.in_place:
+        return
+    with track("linked weights looked at", sum(t.bytes for t in plan.in_place), unit="bytes") as advance:
+        for target in plan.in_place:
+            for piece in pieces(weights[target.name]):
+                census.take(target.name, piece)
+                advance(piece.nbytes)
 
 
 def bind_weights(model: ir.Model, placed: Iterable[PlacedTensor]) -> None:
@@ -159,36 +153,3 @@ def _usable_files(weights: Iterable[Weight], dtype: str) -> dict[Path, int]:
     for path in sorted(enough, key=lambda path: enough[path]):
         best[path.name] = path
     return {best[name]: enough[best[name]] for name in sorted(best)}
-
-
-class _Writer:
-    """Hashes and writes on a thread of its own, so that the next piece is converted meanwhile."""
-
-    def __init__(self, file: BinaryIO, advance: Advance) -> None:
-        self.digest = hashlib.sha256()
-        self._file, self._advance = file, advance
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-
-    def put(self, data: bytes | memoryview) -> None:
-        """Take a piece once the one before it is written. Raises what writing that one raised."""
-        self._settle()
-        self._pending = self._pool.submit(self._emit, data)
-
-    def _emit(self, data: bytes | memoryview) -> None:
-        self.digest.update(data)
-        self._file.write(data)
-        self._advance(len(data))
-
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._pool:
-            if kind is None:
-                self._settle()

@@ -161,15 +161,7 @@ def test_linked_weights_are_looked_at_too(tmp_path: Path) -> None:
     weights = {"w": Weight("w", saved(tmp_path / "m.safetensors", {"w": values})["w"])}
     plan = plan_weights(weights, "float32")
     with pytest.raises(CheckpointError, match="w holds NaN or infinity"):
-        inspect_linked(weights, plan, census=Census("float32"), stop=lambda: False)
-    inspect_linked(weights, plan, census=Census("float32"), stop=lambda: True)
-
-
-def test_writing_ends_when_it_is_told_to(tmp_path: Path) -> None:
-    weights = stored_as(tmp_path / "m.safetensors", a="float32", b="float32")
-    plan = plan_weights(weights, "float16")
-    write_weights(weights, plan, tmp_path / DATA_NAME, census=Census("float16"), stop=lambda: True)
-    assert (tmp_path / DATA_NAME).stat().st_size < plan.data_bytes
+        inspect_linked(weights, plan, census=Census("float32"))
 
 
 def test_a_disk_that_fills_up_is_not_passed_over(tmp_path: Path) -> None:
