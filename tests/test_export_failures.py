@@ -1,5 +1,6 @@
 """Exports that cannot end well: each is told early, in one line, and leaves what was there before."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -247,6 +248,24 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(
             check=True,
         )
         assert files_of(tmp_path / seed) == files_of(onnx_folder(**ONE_LAYER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.0, 2.5, 4.0, 5.0, 6.0])
+def test_an_export_killed_at_any_moment_is_whole_or_not_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    out = tmp_path / "exports" / "out"
+    arguments = ["export", str(source), "--out", str(out), "--prefill-chunk", "4", "--quiet"]
+    command = [sys.executable, "-m", "mistral_trt.cli", *arguments]
+    with contextlib.suppress(subprocess.TimeoutExpired):  # run kills what runs out of its time
+        subprocess.run(command, timeout=seconds, stdout=subprocess.DEVNULL)
+    if out.exists():
+        read_manifest(out, "onnx")
+    monkeypatch.setattr(stage, "build_graph", bare_graph)
+    export_checkpoint(source, out)
+    assert [path.name for path in out.parent.iterdir() if path.is_dir()] == ["out"]
+    check_weights(out, source, "fp16")
 
 
 def test_a_broken_shard_among_good_ones_is_named(source: Path, tmp_path: Path) -> None:
