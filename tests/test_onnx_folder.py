@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mistral_trt.contract import plan_contract
@@ -101,6 +102,18 @@ def test_the_manifest_tells_what_is_in_the_folder(onnx_folder: Folder, tiny_chec
     assert details["generation"] == {"bos_token_id": 1, "eos_token_ids": [2]}
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     assert details["graph_sha256"] == graph_sha256(model)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_the_manifest_counts_what_float16_cannot_hold_well(source: Path, tmp_path: Path) -> None:
+    weight = torch.ones(64)
+    weight[:5] = torch.tensor([1e-5, -1e-6, 1e-9, 0.0, -1e-10])
+    folder = altered(source, tmp_path / "small", tensors={NORM: weight})
+    before = export_checkpoint(source, tmp_path / "a", precision="fp16").details["hazards"]
+    after = export_checkpoint(folder, tmp_path / "b", precision="fp16").details["hazards"]
+    found = {key: after[key] - before[key] for key in ("subnormal", "flushed_to_zero", "overflow")}
+    assert found == {"subnormal": 2, "flushed_to_zero": 2, "overflow": 0}
+    assert export_checkpoint(folder, tmp_path / "c", precision="fp32").details["hazards"]["worst"] is None
 
 
 @pytest.mark.usefixtures("untraced")
