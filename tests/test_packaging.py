@@ -253,7 +253,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.mark.parametrize(
     ("arguments", "package", "extra"),
     [
-        (("export", "x", "--out", "y"), "onnx_ir", "export"),
+        (("export", "x", "--out", "y"), "", "export"),
         (("gpus",), "", "engines"),
         (("build", "x", "--gpu", "a10g", "--out", "y"), "", "engines"),
         (("validate", "x", "--reference", "y", "--out", "z"), "", "validate"),
