@@ -10,9 +10,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from mistral_trt.artifact import free_disk_bytes, link_file, new_artifact, require_apart
+from mistral_trt.artifact import link_file, new_artifact, require_apart, require_space
 from mistral_trt.contract import GraphContract, plan_contract
-from mistral_trt.errors import ArtifactError, ConfigError
+from mistral_trt.errors import ConfigError
 from mistral_trt.export.checkpoint import Checkpoint, read_json
 from mistral_trt.export.conversion import Census
 from mistral_trt.export.data_file import DataFile
@@ -211,13 +211,3 @@ def _token_ids(name: str, value: Any) -> list[int]:
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ConfigError(f"{name} must be a token id or a list of them, found {value!r}")
     return ids
-
-
-def require_space(out: Path, needed_bytes: int) -> None:
-    """Raise ArtifactError if the disk under `out` has less than `needed_bytes` free."""
-    free = free_disk_bytes(out)
-    if free < needed_bytes:
-        raise ArtifactError(
-            f"{out} needs {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-            "free some or choose another --out"
-        )

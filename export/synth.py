@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mistral_trt.artifact import free_disk_bytes, new_artifact
+from mistral_trt.artifact import new_artifact, require_space
 from mistral_trt.config import ModelConfig
 from mistral_trt.contract import DTYPE_BYTES
-from mistral_trt.errors import ArtifactError, ConfigError, MissingDependencyError, require
+from mistral_trt.errors import ConfigError, MissingDependencyError, require
 from mistral_trt.export.tensor_files import DTYPES
 from mistral_trt.manifest import describe_files
 from mistral_trt.progress import quiet, track
@@ -96,7 +96,9 @@ def write_synthetic(
     depth = ModelConfig.from_huggingface(config).num_hidden_layers
     raw = {**config, "num_hidden_layers": layers or depth, "torch_dtype": PRECISIONS[dtype]}
     shards = plan_shards(raw, dtype=PRECISIONS[dtype], depth=depth, max_shard_bytes=max_shard_bytes)
-    require_space(out, total_bytes(shards) + _SPARE_BYTES)
+    require_space(
+        out, total_bytes(shards) + _SPARE_BYTES, "free some, choose another --out or fewer --layers"
+    )
     with new_artifact(out, ORIGIN) as folder:
         hashes = write_shards(folder, shards, seed)
         write_texts(folder, raw, shards)
@@ -284,16 +286,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def tokenizer_name(tokenizer: Path) -> str:
     """What the hub calls a tokenizer file of this kind."""
     return "tekken.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-
-
-def require_space(out: Path, needed_bytes: int) -> None:
-    """Raise ArtifactError if the disk under `out` has less than `needed_bytes` free."""
-    free = free_disk_bytes(out)
-    if free < needed_bytes:
-        raise ArtifactError(
-            f"{out} needs {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
-            "free some, choose another --out or fewer --layers"
-        )
 
 
 # ---------------------------------------------------------------- the command

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mistral_trt.artifact import require_space
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ArtifactError, CheckpointError, ExportError
 from mistral_trt.export import onnx_folder as stage
-from mistral_trt.export.onnx_folder import export_checkpoint, require_space
+from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import Manifest, read_manifest
 from tests.checkpoints import altered, sharded
 from tests.conftest import Folder

@@ -36,6 +36,15 @@ def free_disk_bytes(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def require_space(out: Path, needed_bytes: int, remedy: str = "free some or choose another --out") -> None:
+    """Raise ArtifactError if the disk under `out` has less than `needed_bytes` free."""
+    free = free_disk_bytes(out)
+    if free < needed_bytes:
+        raise ArtifactError(
+            f"{out} needs {needed_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; {remedy}"
+        )
+
+
 def require_apart(out: Path, source: Path) -> None:
     """Raise ArtifactError if writing `out` would replace the folder it is made from."""
     target, origin = out.resolve(), source.resolve()
