@@ -194,7 +194,7 @@ def convert(weight: Weight, dtype: str, census: Census) -> Iterator[memoryview]:
     for piece in pieces(weight):
         census.take(weight.name, piece)
         if piece.dtype == torch.bfloat16 and dtype == "float16":
-            piece = piece.float()  # exact, and with it twice as fast as in one step
+            piece = piece.float()  # exact, and faster than in one step
         yield piece.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
