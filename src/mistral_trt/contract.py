@@ -24,8 +24,19 @@ from typing import Any
 from mistral_trt.config import ModelConfig
 from mistral_trt.errors import ConfigError
 
-CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Precision → dtype of weights, activations and rings."""
+CACHE_DTYPES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float16",
+    "int8-weight-only": "float16",
+    "int4": "float16",
+    "fp8": "float16",
+}
+"""Precision → dtype of the rings, the residual stream and every weight that is not quantized."""
+
+QUANTIZED = ("int8", "int8-weight-only", "int4", "fp8")
+"""The precisions whose linears have quantized weights; int8 and fp8 quantize activations too."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 

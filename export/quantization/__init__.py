@@ -1,0 +1,1 @@
+"""Checkpoint + calibration text → scales by NVIDIA ModelOpt → quantized weights and Q/DQ nodes."""
