@@ -10,6 +10,7 @@ from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter, parse_lora
 from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.export.quantization.settings import Budget, QuantizationSettings
 from mistral_trt.progress import quiet
 
 
@@ -28,6 +29,7 @@ def export(argv: list[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="hard-link files of the checkpoint that serve as they are (default: except in fp32)",
     )
+    _add_quantization(parser)
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and the result")
     args = parser.parse_args(argv)
     if args.quiet:
@@ -42,6 +44,14 @@ def export(argv: list[str]) -> int:
         max_context=args.max_context,
         loras=args.lora,
         link=args.link,
+        quantization=QuantizationSettings(
+            calibration=args.calibration,
+            samples=args.calibration_samples,
+            tokens=args.calibration_tokens,
+            keep=tuple(args.keep),
+            quality=None if args.quality is None else Budget.parse(args.quality),
+            quantize_lm_head=args.quantize_lm_head,
+        ),
     )
     print(args.out)
     return 0
@@ -62,6 +72,28 @@ def identify(argv: list[str]) -> int:
     )
     print(f"{checkpoint.name}-{sha256[:8]}")
     return 0
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization", "for int8, int8-weight-only, int4 and fp8")
+    group.add_argument(
+        "--calibration", type=Path, metavar="PATH", help="text, jsonl or a folder (default: speeches)"
+    )
+    group.add_argument("--calibration-samples", type=int, metavar="N", help="default: 16")
+    group.add_argument("--calibration-tokens", type=int, metavar="N", help="of each sample; default: 512")
+    group.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="linears that stay float16, for example '*.down_proj'; may be given several times",
+    )
+    group.add_argument(
+        "--quality",
+        metavar="perplexity=RATIO|kl=NATS",
+        help="keep the fewest linears in float16 that meet this budget on the calibration text",
+    )
+    group.add_argument("--quantize-lm-head", action="store_true", help="the output layer too")
 
 
 def _add_lora(parser: argparse.ArgumentParser) -> None:

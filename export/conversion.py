@@ -204,6 +204,16 @@ def read_whole(stored: StoredTensor) -> torch.Tensor:
         return _read(file, stored, 0, stored.elements).view(stored.shape)
 
 
+def read_float32(weight: Weight) -> torch.Tensor:
+    """A weight in memory, float32."""
+    whole = torch.empty(weight.elements)
+    end = 0
+    for piece in pieces(weight):
+        whole[end : end + piece.numel()] = piece.reshape(-1)
+        end += piece.numel()
+    return whole.view(weight.shape)
+
+
 def halves_from_pairs(rows: torch.Tensor, head_rows: int) -> torch.Tensor:
     """Rows of whole heads from Mistral's rotary order to Hugging Face's.
 

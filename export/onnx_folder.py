@@ -5,20 +5,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 
 from mistral_trt.artifact import link_file, new_artifact, require_apart, require_space
-from mistral_trt.contract import GraphContract, plan_contract
-from mistral_trt.errors import ConfigError
+from mistral_trt.contract import QUANTIZED, GraphContract, plan_contract
+from mistral_trt.errors import ConfigError, require
 from mistral_trt.export.checkpoint import Checkpoint, read_json
 from mistral_trt.export.conversion import Census
 from mistral_trt.export.data_file import DataFile
 from mistral_trt.export.graph import build_graph, graph_sha256
 from mistral_trt.export.identity import remembered_sha256
 from mistral_trt.export.lora import Adapter
+from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.export.tokenizer_files import TextFiles, read_text_files
 from mistral_trt.export.weights import (
     DATA_NAME,
@@ -31,9 +32,14 @@ from mistral_trt.export.weights import (
 from mistral_trt.manifest import GRAPH_NAME, Manifest, describe_files, tool_versions
 from mistral_trt.progress import note, track
 
+if TYPE_CHECKING:
+    from mistral_trt.export.quantization.recipe import Quantization
+
+_DEFAULTS = QuantizationSettings()
 _SPARE_BYTES = 64 << 20
 _COPIED_AT_ONCE = 1 << 24
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "tokenizers")
+_QUANTIZERS = ("nvidia-modelopt", "transformers")
 _LOG = logging.getLogger("mistral_trt")
 
 
@@ -48,6 +54,7 @@ def export_checkpoint(
     max_context: int | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     link: bool | None = None,
+    quantization: QuantizationSettings = _DEFAULTS,
 ) -> Manifest:
     """Write `model.onnx`, its weights, the tokenizer and `manifest.json` to `out`, all or nothing.
 
@@ -55,8 +62,9 @@ def export_checkpoint(
     loras: adapter folders and their scales, merged in this order.  link: whether a checkpoint's file that
     serves as it is becomes a hard link in `out`, instead of being written anew; None for yes with 16-bit
     weights and no in fp32, the yardstick, which every ONNX tool should open (onnx's own loader and checker
-    refuse a file that has two names).
-    Raises ConfigError, CheckpointError, ExportError or ArtifactError.
+    refuse a file that has two names).  quantization: how to calibrate, and what stays
+    float16, in int8, int8-weight-only, int4 and fp8.
+    Raises ConfigError, CheckpointError, CalibrationError, ExportError or ArtifactError.
     """
     require_apart(out, checkpoint)
     source = Checkpoint.open(checkpoint, [Adapter.open(folder, scale) for folder, scale in loras])
@@ -74,13 +82,15 @@ def export_checkpoint(
     for remark in texts.remarks:
         note(remark)
     generation = generation_ids(source, texts)
-    sharing = contract.cache_dtype != "float32" if link is None else link
-    plan = plan_weights(source.weights, contract.cache_dtype, link=sharing)
-    require_space(out, plan.data_bytes + copied_bytes(plan, out) + _SPARE_BYTES)
     census = Census(contract.cache_dtype)
+    quantized = quantize(source, contract, quantization, texts, out, bos=generation["bos_token_id"])
+    made = quantized.tensors(source.weights, census) if quantized else []
+    sharing = contract.cache_dtype != "float32" if link is None else link
+    plan = plan_weights(source.weights, contract.cache_dtype, link=sharing, made=made)
+    require_space(out, plan.data_bytes + copied_bytes(plan, out) + _SPARE_BYTES)
     with new_artifact(out) as folder:
         place_linked(plan, folder)
-        model, hashes, sources = trace_and_write(source, contract, plan, folder, census)
+        model, hashes, sources = trace_and_write(source, contract, plan, folder, census, quantized)
         bind_weights(model, plan.placed)
         proto = ir.to_proto(model)
         (folder / GRAPH_NAME).write_bytes(proto.SerializeToString(deterministic=True))
@@ -92,15 +102,13 @@ def export_checkpoint(
             files=describe_files(folder, hashes),
             sources=sources,
             contract=contract,
-            versions=tool_versions(*_TOOLS),
+            versions=tool_versions(*_TOOLS, *(_QUANTIZERS if quantized else ())),
             details={
                 "name": source.name,
                 "format": source.format,
                 "graph_sha256": graph_sha256(proto),
-                "weights": [target.name for target in plan.placed],
-                "weights_bytes": sum(target.bytes for target in plan.placed),
-                "linked": sorted(plan.linked),
-                "hazards": census.to_json(),
+                **describe_weights(plan, census),
+                **({"quantization": describe_quantization(plan, quantized)} if quantized else {}),
                 "lora": [{"name": a.name, "scale": a.scale, "sha256": a.sha256()} for a in source.adapters],
                 "text_files": sorted(texts.files),
                 "generation": generation,
@@ -110,8 +118,57 @@ def export_checkpoint(
     return manifest
 
 
+def quantize(
+    source: Checkpoint,
+    contract: GraphContract,
+    settings: QuantizationSettings,
+    texts: TextFiles,
+    out: Path,
+    *,
+    bos: int | None,
+) -> "Quantization | None":
+    """Calibrate where the precision asks for it.
+
+    Raises ConfigError for settings that would have no effect, MissingDependencyError without ModelOpt.
+    """
+    if contract.precision not in QUANTIZED:
+        if settings != _DEFAULTS:
+            raise ConfigError(
+                f"calibration, --keep, --quality and --quantize-lm-head are for {', '.join(QUANTIZED)}; "
+                f"they have no effect with --precision {contract.precision}"
+            )
+        return None
+    for package in ("modelopt", "transformers", "safetensors"):
+        require(package, "quantize")
+    from mistral_trt.export.quantization.recipe import quantize_checkpoint
+
+    require_space(out, sum(weight.elements for weight in source.weights.values()) // 2 + _SPARE_BYTES)
+    tokenizer = texts.files.get("tokenizer.json")
+    return quantize_checkpoint(source, contract, settings, tokenizer=tokenizer, bos_token_id=bos)
+
+
+def describe_weights(plan: WeightPlan, census: Census) -> dict[str, Any]:
+    """What the manifest says of the weights."""
+    return {
+        "weights": [target.name for target in plan.placed],
+        "weights_bytes": sum(target.bytes for target in plan.placed),
+        "linked": sorted(plan.linked),
+        "hazards": census.to_json(),
+    }
+
+
+def describe_quantization(plan: WeightPlan, quantized: "Quantization") -> dict[str, Any]:
+    """The manifest's `quantization`: what was decided, and the bytes of codes and scales."""
+    return {**quantized.details, "quantized_bytes": sum(tensor.bytes for tensor in plan.made.values())}
+
+
 def trace_and_write(
-    source: Checkpoint, contract: GraphContract, plan: WeightPlan, folder: Path, census: Census
+    source: Checkpoint,
+    contract: GraphContract,
+    plan: WeightPlan,
+    folder: Path,
+    census: Census,
+    quantized: "Quantization | None",
 ) -> tuple[ir.Model, dict[str, str], dict[str, str]]:
     """Trace the graph, then write the weights, while a thread hashes the checkpoint.
 
@@ -122,6 +179,8 @@ def trace_and_write(
     with ThreadPoolExecutor(1) as pool, single_threaded_torch():
         sources = pool.submit(source.sources)
         model = build_graph(contract)
+        if quantized:
+            quantized.write_nodes(model)
         hashes = {}
         if plan.written:
             hashes[DATA_NAME] = write_weights(source.weights, plan, folder / DATA_NAME, census=census)

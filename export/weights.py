@@ -5,8 +5,8 @@ folder and the graph refers into it. All others are converted into `model.onnx.d
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,6 +20,20 @@ from mistral_trt.progress import track
 DATA_NAME = "model.onnx.data"
 ALIGNMENT_BYTES = 4096
 _LINKED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor of the graph that is computed, not converted: codes, scales, a norm with a scale folded in.
+
+    make: gives its bytes in order, in pieces, when they are written.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    make: Callable[[], Iterator[memoryview]]
 
 
 @dataclass(frozen=True)
@@ -39,10 +53,12 @@ class WeightPlan:
     """Which files an ONNX folder takes from the checkpoint, and which weights are written anew.
 
     linked: file name in the folder → the checkpoint's file.  placed: every weight, in the graph's order.
+    made: those that are computed, by name.
     """
 
     linked: Mapping[str, Path]
     placed: tuple[PlacedTensor, ...]
+    made: Mapping[str, MadeTensor] = field(default_factory=dict)
 
     @property
     def written(self) -> list[PlacedTensor]:
@@ -61,11 +77,16 @@ class WeightPlan:
         return written[-1].offset + written[-1].bytes if written else 0
 
 
-def plan_weights(weights: Mapping[str, Weight], dtype: str, *, link: bool = True) -> WeightPlan:
+def plan_weights(
+    weights: Mapping[str, Weight], dtype: str, *, link: bool = True, made: Sequence[MadeTensor] = ()
+) -> WeightPlan:
     """Decide for each weight whether its stored bytes serve; lay the others out on page edges.
 
     A file is linked if at least half of it serves: what does not is dead weight in the folder.
+    made: tensors that are computed; a weight among them by name is not converted as well.
     """
+    computed = {tensor.name: tensor for tensor in made}
+    weights = {name: weight for name, weight in weights.items() if name not in computed}
     usable = _usable_files(weights.values(), dtype) if link else {}
     placed, offset = [], 0
     for name, weight in weights.items():
@@ -75,9 +96,16 @@ def plan_weights(weights: Mapping[str, Weight], dtype: str, *, link: bool = True
         else:
             size = weight.elements * DTYPE_BYTES[dtype]
             target = PlacedTensor(name, dtype, weight.shape, DATA_NAME, offset, size)
-            offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            offset = _next_edge(offset + size)
         placed.append(target)
-    return WeightPlan({path.name: path for path in usable}, tuple(placed))
+    for name, tensor in computed.items():
+        placed.append(PlacedTensor(name, tensor.dtype, tensor.shape, DATA_NAME, offset, tensor.bytes))
+        offset = _next_edge(offset + tensor.bytes)
+    return WeightPlan({path.name: path for path in usable}, tuple(placed), computed)
+
+
+def _next_edge(offset: int) -> int:
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def write_weights(
@@ -99,9 +127,17 @@ def write_weights(
         for target in plan.written:
             file.write(bytes(target.offset - end))
             end = target.offset + target.bytes
-            for piece in convert(weights[target.name], target.dtype, census):
+            for piece in _bytes_of(target, weights, plan, census):
                 file.write(piece)
     return file.sha256()
+
+
+def _bytes_of(
+    target: PlacedTensor, weights: Mapping[str, Weight], plan: WeightPlan, census: Census
+) -> Iterator[memoryview]:
+    if target.name in plan.made:
+        return plan.made[target.name].make()
+    return convert(weights[target.name], target.dtype, census)
 
 
 def inspect_linked(weights: Mapping[str, Weight], plan: WeightPlan, *, census: Census) -> None:
@@ -130,10 +166,16 @@ def bind_weights(model: ir.Model, placed: Iterable[PlacedTensor]) -> None:
             target.file,
             target.offset,
             target.bytes,
-            ir.DataType[{"float32": "FLOAT"}.get(target.dtype, target.dtype.upper())],
+            onnx_dtype(target.dtype),
             shape=ir.Shape(target.shape),
             name=target.name,
         )
+
+
+def onnx_dtype(dtype: str) -> ir.DataType:
+    """ONNX's name of a dtype: float16 -> FLOAT16."""
+    names = {"float32": "FLOAT", "float8_e4m3fn": "FLOAT8E4M3FN"}
+    return ir.DataType[names.get(dtype, dtype.upper())]
 
 
 def _serves(weight: Weight, dtype: str) -> bool:

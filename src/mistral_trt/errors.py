@@ -4,6 +4,7 @@ MistralTrtError
 ├── ConfigError            a checkpoint's configuration, or a setting, that is not supported
 ├── CheckpointError        a checkpoint whose files are missing, damaged or of the wrong shape
 ├── ExportError            an ONNX graph that does not keep the contract
+├── CalibrationError       calibration text that cannot be used, or a model that it breaks
 ├── ArtifactError          an output folder that cannot be written
 ├── ManifestError          an artifact folder that is not whole, not ours or was altered
 ├── GpuError               a GPU that is unknown or cannot be targeted from here
@@ -36,6 +37,10 @@ class CheckpointError(MistralTrtError):
 
 
 class ExportError(MistralTrtError):
+    pass
+
+
+class CalibrationError(MistralTrtError):
     pass
 
 

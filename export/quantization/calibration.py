@@ -1,0 +1,232 @@
+"""Checkpoint + calibration tokens → the scales of every linear, by ModelOpt, one decoder layer at a time.
+
+The hidden states of the calibration set flow through layer i, ModelOpt quantizes that layer alone, what it
+found is written to a file, and the unquantized layer's output goes on to layer i + 1: the same result as
+ModelOpt on the whole model, with one layer in memory. A run that was stopped goes on where it stopped.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mistral_trt.artifact import write_file
+from mistral_trt.errors import CalibrationError
+from mistral_trt.export.quantization.layers import LayerStream, batches
+from mistral_trt.export.quantization.scales import LinearScales, load_scales, save_scales
+from mistral_trt.export.quantization.scheme import KINDS, LM_HEAD_MODULE, Scheme, linear_names
+from mistral_trt.progress import note, track
+
+_SHARED_INPUT = (KINDS[0:3], KINDS[4:6])
+_HIDDEN = "hidden.safetensors"
+ForwardLoop = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A folder of scale files, and the hidden states between two layers while it is not finished."""
+
+    folder: Path
+
+    def layer_path(self, index: int) -> Path:
+        return self.folder / f"layer-{index:03d}.safetensors"
+
+    @property
+    def head_path(self) -> Path:
+        return self.folder / "lm_head.safetensors"
+
+    def save_hidden(self, layer: int, hidden: Tensor) -> None:
+        write_file(self.folder / _HIDDEN, save({"hidden": hidden, "layer": torch.tensor(layer)}))
+
+    def load_hidden(self) -> tuple[int, Tensor] | None:
+        """The layer whose input is kept, and that input; None before the first and after the last layer."""
+        path = self.folder / _HIDDEN
+        if not path.is_file():
+            return None
+        found = load_file(path)
+        return int(found["layer"]), found["hidden"]
+
+    def finish(self) -> None:
+        (self.folder / _HIDDEN).unlink(missing_ok=True)
+
+
+def calibrate(
+    stream: LayerStream, ids: Tensor, scheme: Scheme, folder: Path, *, lm_head: bool = False
+) -> dict[str, LinearScales]:
+    """Scales by module name (`model.layers.0.self_attn.q_proj`), in the order of the forward pass.
+
+    ids: int64 [samples, tokens].  folder: where finished layers are kept; the caller names it after
+    everything the result depends on.  Raises CalibrationError if an activation is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state, layers = Calibration(folder), stream.config.num_hidden_layers
+    if not _finished(state, layers, lm_head):
+        _calibrate_layers(stream, ids, scheme, state, lm_head=lm_head)
+    paths = [state.layer_path(i) for i in range(layers)] + ([state.head_path] if lm_head else [])
+    found = {name: scales for path in paths for name, scales in load_scales(path).items()}
+    return {name: found[name] for name in linear_names(stream.checkpoint.config, lm_head=lm_head)}
+
+
+def _finished(state: Calibration, layers: int, lm_head: bool) -> bool:
+    paths = [state.layer_path(i) for i in range(layers)] + ([state.head_path] if lm_head else [])
+    return all(path.is_file() for path in paths)
+
+
+def _calibrate_layers(
+    stream: LayerStream, ids: Tensor, scheme: Scheme, state: Calibration, *, lm_head: bool
+) -> None:
+    layers = stream.config.num_hidden_layers
+    start, hidden = state.load_hidden() or (0, stream.embed(ids))
+    if start:
+        note(f"calibration goes on at layer {start} of {layers}")
+    with track(f"calibrating {scheme.precision}", layers, unit="layers") as advance:
+        advance(start)
+        for i in range(start, layers):
+            prefix = f"model.layers.{i}."
+            scales, hidden = calibrate_layer(stream, stream.layer(i), hidden, scheme)
+            save_scales(state.layer_path(i), {prefix + name: found for name, found in scales.items()})
+            state.save_hidden(i + 1, hidden)
+            advance(1)
+    if lm_head:
+        save_scales(state.head_path, {LM_HEAD_MODULE: calibrate_head(stream, hidden, scheme)})
+    state.finish()
+
+
+def calibrate_layer(
+    stream: LayerStream, layer: nn.Module, hidden: Tensor, scheme: Scheme
+) -> tuple[dict[str, LinearScales], Tensor]:
+    """Scales of one layer by kind (`self_attn.q_proj`), and the unquantized layer's output.
+
+    hidden: the layer's input, float32 [samples, tokens, hidden_size].
+    """
+    following: list[Tensor] = []
+
+    def forward_loop(model: nn.Module) -> None:
+        # ModelOpt may run it more than once; each time the layer computes as if it were not quantized.
+        following[:] = [stream.run(model, batch) for batch in batches(hidden)]
+
+    if scheme.activations is None and scheme.weights == "int8":  # ModelOpt looks at the weights alone
+        forward_loop(layer)
+    modules = quantize(layer, scheme, forward_loop)
+    own = _unify_shared_inputs(modules)
+    out = torch.cat(following)
+    if not torch.isfinite(out).all():
+        raise CalibrationError(
+            "a hidden state is not finite on the calibration text: the checkpoint is damaged, or the text "
+            "is not for this model; try another --calibration"
+        )
+    measured = _measure(modules, lambda: stream.run(layer, next(batches(hidden))))
+    return {name: _scales(modules[name], own.get(name), *measured[name]) for name in modules}, out
+
+
+def calibrate_head(stream: LayerStream, hidden: Tensor, scheme: Scheme) -> LinearScales:
+    """Scales of the lm_head over the last layer's output."""
+    norm, holder = stream.norm(), nn.ModuleDict({"linear": stream.lm_head()})  # a name ModelOpt does not skip
+    normed = [norm(batch) for batch in batches(hidden)]
+
+    def forward_loop(model: nn.Module) -> None:
+        for batch in normed:
+            for rows in batch.flatten(0, 1).split(256):  # [256, V] at a time
+                holder["linear"](rows)
+
+    with torch.no_grad():
+        modules = quantize(holder, scheme, forward_loop)
+        measured = _measure(modules, lambda: holder["linear"](normed[0].flatten(0, 1)[:256]))
+    return _scales(modules["linear"], None, *measured["linear"])
+
+
+def quantize(module: nn.Module, scheme: Scheme, forward_loop: ForwardLoop) -> dict[str, nn.Module]:
+    """Let ModelOpt quantize the linears of a module in place.  Returns them by name."""
+    import modelopt.torch.quantization as mtq
+
+    with _quiet_modelopt():
+        mtq.quantize(module, scheme.modelopt_config(), forward_loop)
+    return {
+        name: linear
+        for name, linear in module.named_modules()
+        if hasattr(linear, "weight_quantizer") and linear.weight_quantizer.is_enabled
+    }
+
+
+def _unify_shared_inputs(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Give linears that read one input one pre_quant_scale, the mean of theirs, as ModelOpt's own
+    preparation for fused linears does.  Returns the scales that were replaced, by name."""
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    own: dict[str, Tensor] = {}
+    for group in _SHARED_INPUT:
+        members = [modules[name] for name in group if name in modules]
+        if len(members) < 2 or members[0].input_quantizer.pre_quant_scale is None:
+            continue
+        before = {name: modules[name].input_quantizer.pre_quant_scale.clone() for name in group}
+        if all(torch.equal(scale, before[group[0]]) for scale in before.values()):
+            continue  # SmoothQuant's come from the input alone
+        with _quiet_modelopt(), torch.no_grad():
+            preprocess_linear_fusion(members)
+        for name, scale in before.items():
+            if not torch.equal(scale, modules[name].input_quantizer.pre_quant_scale):
+                own[name] = scale
+    return own
+
+
+def _measure(
+    modules: dict[str, nn.Module], forward: Callable[[], Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Relative error and largest magnitude of each linear's output, over one unquantized forward."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def compare(module: nn.Module, args: tuple[Tensor, ...], exact: Tensor, name: str = name) -> None:
+            _enable(module, True)
+            quantized = nn.functional.linear(
+                module.input_quantizer(args[0]), module.weight_quantizer(module.weight)
+            )
+            _enable(module, False)
+            error = (quantized - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-30)
+            found[name] = error, exact.abs().flatten(0, -2).amax(0)
+
+        _enable(module, False)
+        handles.append(module.register_forward_hook(compare))
+    forward()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _enable(module: nn.Module, quantized: bool) -> None:
+    """Switch a linear between quantized and exact. The pre_quant_scale applies in both."""
+    for quantizer in (module.weight_quantizer, module.input_quantizer):
+        if quantizer.amax is not None:
+            quantizer.enable_quant() if quantized else quantizer.disable_quant()
+
+
+def _scales(module: nn.Module, own: Tensor | None, error: Tensor, output_amax: Tensor) -> LinearScales:
+    amax = module.weight_quantizer.amax.float()
+    rows = 1 if amax.numel() == 1 else module.weight.shape[0]
+    reads = module.input_quantizer
+    scale = reads.pre_quant_scale
+    return LinearScales(
+        weight_amax=amax.reshape(rows, -1).clone(),
+        output_amax=output_amax.clone(),
+        error=error.clone(),
+        input_amax=reads.amax.float().reshape(()).clone()
+        if reads.is_enabled and reads.amax is not None
+        else None,
+        pre_quant_scale=None if scale is None else scale.float().reshape(-1).clone(),
+        own_scale=None if own is None else own.float().reshape(-1).clone(),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_modelopt() -> Iterator[None]:
+    """ModelOpt prints its steps to stdout, which belongs to results, and warns of what we mean to do."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

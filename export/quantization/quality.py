@@ -1,0 +1,213 @@
+"""Scales + a budget → the fewest linears that have to stay float16, and the frontier that shows it.
+
+Everything is measured on the calibration text, teacher-forced: the model with fake-quantized linears (a
+weight and an input rounded to their codes and back, float32 otherwise) against the model as it is. Several
+choices of kept linears are measured in one pass over the layers.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from mistral_trt.export.quantization.codes import input_scale, weight_codes, weight_scale
+from mistral_trt.export.quantization.layers import LayerStream
+from mistral_trt.export.quantization.scales import LinearScales
+from mistral_trt.export.quantization.scheme import LM_HEAD_MODULE, Scheme
+from mistral_trt.export.quantization.settings import Budget
+from mistral_trt.export.quantization.tensors import weight_of
+from mistral_trt.progress import note, track
+
+MEASURED_TOKENS = 2048
+_AT_ONCE = 8
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice.  perplexity: over that of the model as it is.  quantized_share: of the linears' bytes."""
+
+    kept: tuple[str, ...]
+    quantized_share: float
+    perplexity: float
+    kl: float
+
+    def holds(self, budget: Budget) -> bool:
+        return (self.perplexity if budget.metric == "perplexity" else self.kl) <= budget.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kept": len(self.kept),
+            "quantized_share": round(self.quantized_share, 4),
+            "perplexity_ratio": round(self.perplexity, 5),
+            "kl": float(f"{self.kl:.4g}"),
+        }
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear whose weight and input are rounded to their codes and back while `quantized` is set."""
+
+    def __init__(self, weight: Tensor, scales: LinearScales, scheme: Scheme) -> None:
+        super().__init__()
+        self.weight, self.scales, self.scheme = weight, scales, scheme
+        self.rounded = dequantized(weight, scales, scheme)
+        self.quantized = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quantized:
+            return nn.functional.linear(x, self.weight)
+        if self.scales.pre_quant_scale is not None:
+            x = x * self.scales.pre_quant_scale
+        if self.scheme.activations is not None:
+            x = rounded_input(x, self.scales, self.scheme)
+        return nn.functional.linear(x, self.rounded)
+
+
+def dequantized(weight: Tensor, scales: LinearScales, scheme: Scheme) -> Tensor:
+    """A weight rounded to its codes and back, still divided by the pre_quant_scale: float32 [out, in]."""
+    codes = weight_codes(weight, scales, scheme).float()
+    scale = weight_scale(scales, scheme)  # [out, groups]
+    return (codes.view(len(codes), scale.shape[1], -1) * scale[:, :, None]).view(codes.shape)
+
+
+def rounded_input(x: Tensor, scales: LinearScales, scheme: Scheme) -> Tensor:
+    """An input rounded to its codes and back, float32."""
+    scale = input_scale(scales, scheme)
+    if scheme.activations == "float8_e4m3fn":
+        return (x / scale).clamp(-scheme.bound, scheme.bound).to(torch.float8_e4m3fn).float() * scale
+    return (x / scale).round().clamp(-scheme.bound - 1, scheme.bound) * scale
+
+
+def measure(
+    stream: LayerStream,
+    ids: Tensor,
+    scales: Mapping[str, LinearScales],
+    scheme: Scheme,
+    choices: Sequence[Collection[str]],
+) -> list[Point]:
+    """What each choice of kept linears costs.
+
+    ids: int64 [n, T].  choices: module names that stay as they are; all others of `scales` are quantized.
+    """
+    hidden = [stream.embed(ids)] * (1 + len(choices))
+    layers = stream.config.num_hidden_layers
+    with track(f"measuring {len(choices)} choices", layers, unit="layers") as advance, torch.no_grad():
+        for i in range(layers):
+            layer = stream.layer(i)
+            linears = _wrap(layer, f"model.layers.{i}.", scales, scheme)
+            for k, kept in enumerate([None, *choices]):
+                for name, linear in linears.items():
+                    linear.quantized = kept is not None and name not in kept
+                hidden[k] = stream.run(layer, hidden[k])
+            advance(1)
+        return _compare(stream, ids, hidden, scales, scheme, choices)
+
+
+def choose_kept(
+    stream: LayerStream,
+    ids: Tensor,
+    scales: Mapping[str, LinearScales],
+    scheme: Scheme,
+    *,
+    always: Collection[str],
+    budget: Budget,
+) -> tuple[list[str], list[Point]]:
+    """The fewest linears, worst output error first, that must stay float16, and all points measured.
+
+    always: linears that are kept whatever they cost.  Two passes: one over the whole range, one between the
+    last choice that is not good enough and the first that is.
+    """
+    ranked = [name for name in by_error(scales) if name not in always]
+    ids = ids[: max(1, MEASURED_TOKENS // ids.shape[1])]
+    points: dict[int, Point] = {}
+    low, high = -1, len(ranked)
+    for counts in (_spread(0, high), None):
+        asked = counts if counts is not None else _between(low, high)
+        if asked:
+            kept = [{*always, *ranked[:count]} for count in asked]
+            points |= dict(zip(asked, measure(stream, ids, scales, scheme, kept), strict=True))
+        good = [count for count in sorted(points) if points[count].holds(budget)]
+        high = good[0] if good else len(ranked)
+        low = max((count for count in points if count < high), default=-1)
+    for count in sorted(points):
+        point = points[count]
+        note(
+            f"{count} linears kept: {point.quantized_share:.1%} of the linears' bytes quantized, "
+            f"perplexity x {point.perplexity:.4f}, KL {point.kl:.2e}"
+        )
+    return [*always, *ranked[:high]], [points[count] for count in sorted(points)]
+
+
+def by_error(scales: Mapping[str, LinearScales]) -> list[str]:
+    """Module names, largest output error first."""
+    return sorted(scales, key=lambda name: (-float(scales[name].error), name))
+
+
+def _spread(low: int, high: int) -> list[int]:
+    """Counts over the whole range, closer together where few are kept.  0, 28 -> 0 1 2 4 8 16."""
+    counts = [0, *(1 << power for power in range(high.bit_length()))]
+    return [count for count in counts if low <= count < high]
+
+
+def _between(low: int, high: int) -> list[int]:
+    """Up to _AT_ONCE counts strictly between two."""
+    inner = high - low - 1
+    asked = min(inner, _AT_ONCE)
+    return sorted({low + round((i + 1) * (inner + 1) / (asked + 1)) for i in range(asked)} - {low, high})
+
+
+def _wrap(
+    layer: nn.Module, prefix: str, scales: Mapping[str, LinearScales], scheme: Scheme
+) -> dict[str, FakeQuantLinear]:
+    found = {}
+    for name, module in list(layer.named_modules()):
+        if prefix + name in scales and isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            wrapped = FakeQuantLinear(module.weight.data, scales[prefix + name], scheme)
+            setattr(layer.get_submodule(parent), child, wrapped)
+            found[prefix + name] = wrapped
+    return found
+
+
+def _compare(
+    stream: LayerStream,
+    ids: Tensor,
+    hidden: Sequence[Tensor],
+    scales: Mapping[str, LinearScales],
+    scheme: Scheme,
+    choices: Sequence[Collection[str]],
+) -> list[Point]:
+    """Points from the last layer's outputs: hidden[0] is the model as it is."""
+    norm, head = stream.norm(), stream.lm_head()
+    quantized_head = (
+        FakeQuantLinear(head.weight.data, scales[LM_HEAD_MODULE], scheme)
+        if LM_HEAD_MODULE in scales
+        else head
+    )
+    targets = ids[:, 1:].flatten()
+    sums = torch.zeros(1 + len(choices), 2, dtype=torch.float64)  # negative log-likelihood, KL
+    normed = [norm(h[:, :-1]).flatten(0, 1) for h in hidden]
+    for start in range(0, len(targets), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        exact = log_softmax(head(normed[0][rows]), -1)
+        for k, kept in enumerate([None, *choices]):
+            whole = kept is None or LM_HEAD_MODULE in kept
+            logs = log_softmax((head if whole else quantized_head)(normed[k][rows]), -1)
+            sums[k, 0] += cross_entropy(logs, targets[rows], reduction="sum").double()
+            sums[k, 1] += kl_div(logs, exact, log_target=True, reduction="sum").double()
+    means = sums / len(targets)
+    ratios = (means[:, 0] - means[0, 0]).exp()
+    shares = [share(stream, scales, kept) for kept in choices]
+    return [
+        Point(tuple(sorted(kept)), shares[k], float(ratios[k + 1]), float(means[k + 1, 1]))
+        for k, kept in enumerate(choices)
+    ]
+
+
+def share(stream: LayerStream, scales: Mapping[str, LinearScales], kept: Collection[str]) -> float:
+    """Share of the linears' weights that are quantized."""
+    sizes = {name: weight_of(stream.checkpoint.weights, name).elements for name in scales}
+    return 1 - sum(sizes[name] for name in kept) / sum(sizes.values())

@@ -1,0 +1,165 @@
+"""Checkpoint + settings → everything a quantized export needs, in the order of the work."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from mistral_trt.artifact import cache_folder
+from mistral_trt.contract import GraphContract
+from mistral_trt.errors import CalibrationError, ConfigError
+from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.export.conversion import Census, Weight, read_float32
+from mistral_trt.export.quantization.calibration import calibrate
+from mistral_trt.export.quantization.corpus import DEFAULT_SAMPLES, DEFAULT_TOKENS, Corpus, read_corpus
+from mistral_trt.export.quantization.layers import LayerStream
+from mistral_trt.export.quantization.nodes import quantize_graph, scale_dtype
+from mistral_trt.export.quantization.placement import Placement, input_groups, place
+from mistral_trt.export.quantization.quality import Point, by_error, choose_kept, share
+from mistral_trt.export.quantization.scales import LinearScales
+from mistral_trt.export.quantization.scheme import BLOCK_SIZES, Scheme, linear_names, scheme_for
+from mistral_trt.export.quantization.settings import QuantizationSettings
+from mistral_trt.export.quantization.tensors import quantized_tensors
+from mistral_trt.export.weights import MadeTensor
+from mistral_trt.manifest import tool_versions
+from mistral_trt.progress import note
+
+_CALIBRATIONS_REMEMBERED = 4
+_RESULT_VERSION = 1
+_TOOLS = ("nvidia-modelopt", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is quantized, and how.  details: the manifest's `quantization`."""
+
+    scheme: Scheme
+    placement: Placement
+    scales: Mapping[str, LinearScales]
+    details: Mapping[str, Any]
+
+    def tensors(self, weights: Mapping[str, Weight], census: Census) -> list[MadeTensor]:
+        """What the graph needs beside the float weights."""
+        return quantized_tensors(weights, self.scales, self.scheme, self.placement, census)
+
+    def write_nodes(self, model: ir.Model) -> None:
+        """Put Q/DQ nodes into the decode graph."""
+        quantize_graph(model, self.scheme, self.placement)
+
+
+def quantize_checkpoint(
+    source: Checkpoint,
+    contract: GraphContract,
+    settings: QuantizationSettings,
+    *,
+    tokenizer: bytes | None,
+    bos_token_id: int | None,
+) -> Quantization:
+    """Calibrate, choose what stays float16, and place the scales.
+
+    tokenizer: content of `tokenizer.json`.  Raises ConfigError or CalibrationError.
+    """
+    scheme = scheme_for(contract.precision, source.config)
+    names = linear_names(source.config, lm_head=settings.quantize_lm_head)
+    kept = matching(settings.keep, names)
+    if scheme.block_size not in (None, BLOCK_SIZES[0]):
+        note(f"int4: blocks of {scheme.block_size}, because {BLOCK_SIZES[0]} does not divide every width")
+    corpus = _read_corpus(source, settings, tokenizer, bos_token_id)
+    window = contract.ring.sliding_window
+    stream = LayerStream(source, sliding_window=window)
+    ids = torch.from_numpy(corpus.ids)
+    folder = _calibration_folder(source, scheme, corpus, window, lm_head=settings.quantize_lm_head)
+    scales = calibrate(stream, ids, scheme, folder, lm_head=settings.quantize_lm_head)
+    points: Sequence[Point] = ()
+    if settings.quality is not None:
+        kept, points = choose_kept(stream, ids, scales, scheme, always=kept, budget=settings.quality)
+    norms = {norm: read_float32(source.weights[norm]) for norm, _ in _groups(source, settings) if norm}
+    placement = place(
+        scales,
+        set(kept),
+        norms,
+        layers=source.config.num_hidden_layers,
+        float16_scales=scale_dtype(scheme) == "float16",
+    )
+    details = {
+        "scheme": scheme.to_json(),
+        "quantized": [f"{name}.weight" for name in placement.quantized],
+        "kept": [f"{name}.weight" for name in names if name in set(kept)],
+        "quantized_share": round(share(stream, scales, kept), 4),
+        "pre_quant_scales": placement.to_json(),
+        "sensitivity": [
+            {"name": name, "error": float(f"{float(scales[name].error):.4g}"), "kept": name in set(kept)}
+            for name in by_error(scales)
+        ],
+        "frontier": [point.to_json() for point in points],
+        "calibration": {**corpus.to_json(), "sliding_window": window, "algorithm": scheme.modelopt},
+    }
+    return Quantization(scheme, placement, scales, details)
+
+
+def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that a pattern matches, in order; `*` stands for anything.
+
+    Raises ConfigError for a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"--keep {pattern!r} matches no linear; the names are like {names[0]} and {names[-1]}, and "
+                "* stands for anything: --keep '*.down_proj'"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _groups(source: Checkpoint, settings: QuantizationSettings) -> list[tuple[str | None, tuple[str, ...]]]:
+    return input_groups(source.config.num_hidden_layers, lm_head=settings.quantize_lm_head)
+
+
+def _read_corpus(
+    source: Checkpoint, settings: QuantizationSettings, tokenizer: bytes | None, bos_token_id: int | None
+) -> Corpus:
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{source.folder} has no tokenizer, so calibration text cannot be read; add its tokenizer.json"
+        )
+    corpus = read_corpus(
+        tokenizer,
+        settings.calibration,
+        samples=DEFAULT_SAMPLES if settings.samples is None else settings.samples,
+        tokens=DEFAULT_TOKENS if settings.tokens is None else settings.tokens,
+        vocab_size=source.config.vocab_size,
+        bos_token_id=bos_token_id,
+    )
+    samples, tokens = corpus.ids.shape
+    note(f"calibration: {samples} samples of {tokens} tokens of {corpus.source}")
+    return corpus
+
+
+def _calibration_folder(
+    source: Checkpoint, scheme: Scheme, corpus: Corpus, window: int, *, lm_head: bool
+) -> Path:
+    """Where a calibration is kept, named after all it depends on; the oldest others are removed."""
+    depends_on = {
+        "version": _RESULT_VERSION,
+        "sources": source.sources(),
+        "scheme": scheme.to_json(),
+        "corpus": [corpus.sha256, *corpus.ids.shape],
+        "sliding_window": window,
+        "lm_head": lm_head,
+        "threads": torch.get_num_threads(),
+        "tools": tool_versions(*_TOOLS),
+    }
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+    root = cache_folder() / "calibration"
+    root.mkdir(parents=True, exist_ok=True)
+    others = sorted((p for p in root.iterdir() if p.name != key), key=lambda p: -p.stat().st_mtime)
+    for folder in others[_CALIBRATIONS_REMEMBERED - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return root / key
