@@ -6,96 +6,61 @@ ModelOpt on the whole model, with one layer in memory. A run that was stopped go
 """
 
 import contextlib
+import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mistral_trt.artifact import write_file
 from mistral_trt.errors import CalibrationError
 from mistral_trt.export.quantization.layers import LayerStream, batches
-from mistral_trt.export.quantization.scales import LinearScales, load_scales, save_scales
+from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import KINDS, LM_HEAD_MODULE, Scheme, linear_names
+from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.progress import note, track
 
 _SHARED_INPUT = (KINDS[0:3], KINDS[4:6])
-_HIDDEN = "hidden.safetensors"
 ForwardLoop = Callable[[nn.Module], None]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A folder of scale files, and the hidden states between two layers while it is not finished."""
-
-    folder: Path
-
-    def layer_path(self, index: int) -> Path:
-        return self.folder / f"layer-{index:03d}.safetensors"
-
-    @property
-    def head_path(self) -> Path:
-        return self.folder / "lm_head.safetensors"
-
-    def save_hidden(self, layer: int, hidden: Tensor) -> None:
-        write_file(self.folder / _HIDDEN, save({"hidden": hidden, "layer": torch.tensor(layer)}))
-
-    def load_hidden(self) -> tuple[int, Tensor] | None:
-        """The layer whose input is kept, and that input; None before the first and after the last layer."""
-        path = self.folder / _HIDDEN
-        if not path.is_file():
-            return None
-        found = load_file(path)
-        return int(found["layer"]), found["hidden"]
-
-    def finish(self) -> None:
-        (self.folder / _HIDDEN).unlink(missing_ok=True)
-
-
 def calibrate(
-    stream: LayerStream, ids: Tensor, scheme: Scheme, folder: Path, *, lm_head: bool = False
+    stream: LayerStream, ids: Tensor, scheme: Scheme, store: CalibrationStore, *, lm_head: bool = False
 ) -> dict[str, LinearScales]:
     """Scales by module name (`model.layers.0.self_attn.q_proj`), in the order of the forward pass.
 
-    ids: int64 [samples, tokens].  folder: where finished layers are kept; the caller names it after
-    everything the result depends on.  Raises CalibrationError if an activation is not finite.
+    ids: int64 [samples, tokens].  Raises CalibrationError if an activation is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    state, layers = Calibration(folder), stream.config.num_hidden_layers
-    if not _finished(state, layers, lm_head):
-        _calibrate_layers(stream, ids, scheme, state, lm_head=lm_head)
-    paths = [state.layer_path(i) for i in range(layers)] + ([state.head_path] if lm_head else [])
-    found = {name: scales for path in paths for name, scales in load_scales(path).items()}
+    layers = stream.config.num_hidden_layers
+    parts = layers + lm_head
+    found = store.load(parts)
+    if found is None:
+        _calibrate_parts(stream, ids, scheme, store, parts)
+        found = store.load(parts)
+    assert found is not None
     return {name: found[name] for name in linear_names(stream.checkpoint.config, lm_head=lm_head)}
 
 
-def _finished(state: Calibration, layers: int, lm_head: bool) -> bool:
-    paths = [state.layer_path(i) for i in range(layers)] + ([state.head_path] if lm_head else [])
-    return all(path.is_file() for path in paths)
-
-
-def _calibrate_layers(
-    stream: LayerStream, ids: Tensor, scheme: Scheme, state: Calibration, *, lm_head: bool
+def _calibrate_parts(
+    stream: LayerStream, ids: Tensor, scheme: Scheme, store: CalibrationStore, parts: int
 ) -> None:
-    layers = stream.config.num_hidden_layers
-    start, hidden = state.load_hidden() or (0, stream.embed(ids))
+    """Every layer that is not finished, then the lm_head if that is a part too."""
+    start, hidden = store.load_hidden() or (0, stream.embed(ids))
     if start:
-        note(f"calibration goes on at layer {start} of {layers}")
-    with track(f"calibrating {scheme.precision}", layers, unit="layers") as advance:
-        advance(start)
-        for i in range(start, layers):
-            prefix = f"model.layers.{i}."
-            scales, hidden = calibrate_layer(stream, stream.layer(i), hidden, scheme)
-            save_scales(state.layer_path(i), {prefix + name: found for name, found in scales.items()})
-            state.save_hidden(i + 1, hidden)
+        note(f"calibration goes on at layer {start}")
+    with track(f"calibrating {scheme.precision}", parts - start, unit="layers") as advance:
+        for part in range(start, parts):
+            if part < stream.config.num_hidden_layers:
+                scales, hidden = calibrate_layer(stream, stream.layer(part), hidden, scheme)
+                prefix = f"model.layers.{part}."
+                store.save(part, {prefix + name: found for name, found in scales.items()})
+                store.save_hidden(part + 1, hidden)
+            else:
+                store.save(part, {LM_HEAD_MODULE: calibrate_head(stream, hidden, scheme)})
+            gc.collect()  # ModelOpt's modules refer to each other, and each layer is a gigabyte
             advance(1)
-    if lm_head:
-        save_scales(state.head_path, {LM_HEAD_MODULE: calibrate_head(stream, hidden, scheme)})
-    state.finish()
+    store.finish()
 
 
 def calibrate_layer(

@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from mistral_trt.artifact import cache_folder
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import CalibrationError, ConfigError
 from mistral_trt.export.checkpoint import Checkpoint
@@ -26,12 +23,12 @@ from mistral_trt.export.quantization.quality import Point, by_error, choose_kept
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import BLOCK_SIZES, Scheme, linear_names, scheme_for
 from mistral_trt.export.quantization.settings import QuantizationSettings
+from mistral_trt.export.quantization.store import open_store
 from mistral_trt.export.quantization.tensors import quantized_tensors
 from mistral_trt.export.weights import MadeTensor
 from mistral_trt.manifest import tool_versions
 from mistral_trt.progress import note
 
-_CALIBRATIONS_REMEMBERED = 4
 _RESULT_VERSION = 1
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 
@@ -75,8 +72,9 @@ def quantize_checkpoint(
     window = contract.ring.sliding_window
     stream = LayerStream(source, sliding_window=window)
     ids = torch.from_numpy(corpus.ids)
-    folder = _calibration_folder(source, scheme, corpus, window, lm_head=settings.quantize_lm_head)
-    scales = calibrate(stream, ids, scheme, folder, lm_head=settings.quantize_lm_head)
+    key = _calibration_key(source, scheme, corpus, window, lm_head=settings.quantize_lm_head)
+    with open_store(key) as store:
+        scales = calibrate(stream, ids, scheme, store, lm_head=settings.quantize_lm_head)
     points: Sequence[Point] = ()
     if settings.quality is not None:
         kept, points = choose_kept(stream, ids, scales, scheme, always=kept, budget=settings.quality)
@@ -142,10 +140,10 @@ def _read_corpus(
     return corpus
 
 
-def _calibration_folder(
+def _calibration_key(
     source: Checkpoint, scheme: Scheme, corpus: Corpus, window: int, *, lm_head: bool
-) -> Path:
-    """Where a calibration is kept, named after all it depends on; the oldest others are removed."""
+) -> str:
+    """A name for a calibration, from everything its result depends on."""
     depends_on = {
         "version": _RESULT_VERSION,
         "sources": source.sources(),
@@ -156,10 +154,4 @@ def _calibration_folder(
         "threads": torch.get_num_threads(),
         "tools": tool_versions(*_TOOLS),
     }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-    root = cache_folder() / "calibration"
-    root.mkdir(parents=True, exist_ok=True)
-    others = sorted((p for p in root.iterdir() if p.name != key), key=lambda p: -p.stat().st_mtime)
-    for folder in others[_CALIBRATIONS_REMEMBERED - 1 :]:
-        shutil.rmtree(folder, ignore_errors=True)
-    return root / key
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
