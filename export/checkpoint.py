@@ -17,6 +17,7 @@ from mistral_trt.export import mistral_format
 from mistral_trt.export.conversion import Weight, same_numbers
 from mistral_trt.export.identity import clean_name, files_sha256
 from mistral_trt.export.lora import Adapter, adapters_sha256, apply_adapters
+from mistral_trt.export.quantization.stored import StoredQuantization, read_stored_quantization
 from mistral_trt.export.tensor_files import DTYPES, StoredTensor, read_header
 from mistral_trt.manifest import is_plain_name
 from mistral_trt.progress import note
@@ -40,6 +41,7 @@ _TEXT_FILES = (
     "*.model.v*",
 )
 _DERIVED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
@@ -50,6 +52,7 @@ class Checkpoint:
     format: "huggingface" or "mistral".  config: the model with its adapters.
     raw_config: `config.json`, or what `params.json` says in its words.
     weights: exactly the decoder's, by Hugging Face's names.  files: all of the folder that can matter.
+    stored_quantization: of a checkpoint whose linears are stored quantized.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Checkpoint:
     weights: Mapping[str, Weight]
     files: frozenset[Path]
     adapters: tuple[Adapter, ...] = ()
+    stored_quantization: StoredQuantization | None = None
 
     @classmethod
     def open(cls, folder: Path, adapters: Sequence[Adapter] = ()) -> "Checkpoint":
@@ -69,21 +73,27 @@ class Checkpoint:
         """
         require_folder(folder)
         form = "mistral" if _is_mistral_format(folder) else "huggingface"
-        raw, found = _read_mistral(folder) if form == "mistral" else _read_hugging_face(folder)
-        config = ModelConfig.from_huggingface(raw)
+        raw, tensors = _read_mistral(folder) if form == "mistral" else _read_hugging_face(folder)
+        quantized, found = _split_quantized(raw, tensors)
+        config = ModelConfig.from_huggingface({key: raw[key] for key in raw if key not in _QUANTIZATION_KEYS})
         if config.num_hidden_layers > len(found):
             raise CheckpointError(
                 f"config.json calls for {config.num_hidden_layers} layers, "
                 f"the checkpoint holds {len(found)} tensors"
             )
-        files = {weight.stored.path for weight in found.values()}
+        if quantized and adapters:
+            raise CheckpointError(
+                f"{folder} is quantized ({quantized.method}), so an adapter cannot be merged into it; merge "
+                "it into the float checkpoint and quantize that: --lora with --precision int4 or int8"
+            )
+        files = {weight.stored.path for weight in tensors.values()}
         merged = apply_adapters(found, adapters, tied=config.tie_word_embeddings)
         if any(EMBEDDING in adapter.replacements for adapter in adapters):
             config = replace(config, vocab_size=merged[EMBEDDING].shape[0])
         weights = select_weights(merged, expected_shapes(config), config)
         for pattern in (_INDEX, mistral_format.INDEX, *_TEXT_FILES):
             files.update(path for path in folder.glob(pattern) if path.is_file())
-        return cls(folder, form, config, raw, weights, frozenset(files), tuple(adapters))
+        return cls(folder, form, config, raw, weights, frozenset(files), tuple(adapters), quantized)
 
     @property
     def name(self) -> str:
@@ -149,6 +159,22 @@ def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Weight]]
     else:
         raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
     return raw, {name: Weight(name, stored) for name, stored in found.items()}
+
+
+def _split_quantized(
+    raw: Mapping[str, Any], tensors: dict[str, Weight]
+) -> tuple[StoredQuantization | None, dict[str, Weight]]:
+    """A quantized checkpoint's codes under their weights' names, beside its float tensors."""
+    stated = [raw[key] for key in _QUANTIZATION_KEYS if raw.get(key) is not None]
+    if not stated:
+        return None, tensors
+    if not isinstance(stated[0], dict):
+        raise CheckpointError(f"config.json: quantization_config must be an object, found {stated[0]!r}")
+    stored = {name: weight.stored for name, weight in tensors.items()}
+    quantized, floats = read_stored_quantization(stated[0], stored)
+    note(f"the checkpoint is quantized ({quantized.method}, {len(quantized.linears)} linears)")
+    codes = {name: Weight(name, c.packed, codes=c) for name, c in quantized.linears.items()}
+    return quantized, {name: Weight(name, tensor) for name, tensor in floats.items()} | codes
 
 
 def _is_mistral_format(folder: Path) -> bool:
@@ -253,10 +279,10 @@ def select_weights(
             raise CheckpointError(
                 f"{name}: config.json calls for shape {list(shape)}, found {list(weight.shape)}"
             )
-        if weight.stored.dtype not in DTYPES.values():
+        if weight.codes is None and weight.stored.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"{name}: expected {', '.join(DTYPES.values())}, found {weight.stored.dtype} (quantized "
-                "checkpoints are not supported; use the original weights)"
+                f"{name}: expected {', '.join(DTYPES.values())}, found {weight.stored.dtype} (a quantized "
+                "checkpoint says how in the quantization_config of its config.json; this one does not)"
             )
     return {name: found[name] for name in expected}
 

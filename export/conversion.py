@@ -5,6 +5,7 @@ low-rank updates added. Memory is a few pieces, whatever the weight's size. On i
 held against what the target dtype can say: see `Census`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 
 from mistral_trt.contract import DTYPE_BYTES
 from mistral_trt.errors import CheckpointError
+from mistral_trt.export.quantization.stored import StoredCodes
 from mistral_trt.export.tensor_files import StoredTensor
 
 PIECE_ELEMENTS = 1 << 20  # of 4 bytes at most: what a core's cache still holds
@@ -42,26 +44,28 @@ class Weight:
 
     interleaved_heads: 0, or the number of heads whose rows are stored with the two halves of each rotary
     pair side by side (Mistral's own format) and have to be brought into Hugging Face's order.
-    updates: added in float32 after that.
+    updates: added in float32 after that.  codes: of a weight that is stored quantized; `stored` is then what
+    they are packed into.
     """
 
     name: str
     stored: StoredTensor
     interleaved_heads: int = 0
     updates: tuple[LowRankUpdate, ...] = ()
+    codes: StoredCodes | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
+        return self.codes.shape if self.codes else self.stored.shape
 
     @property
     def elements(self) -> int:
-        return self.stored.elements
+        return math.prod(self.shape)
 
     @property
     def untouched(self) -> bool:
         """Whether the stored bytes are the weight as they lie."""
-        return not self.interleaved_heads and not self.updates
+        return not self.interleaved_heads and not self.updates and self.codes is None
 
 
 @dataclass
@@ -164,9 +168,12 @@ def _edges(source: str, target: str) -> _Edges:
 def pieces(weight: Weight) -> Iterator[torch.Tensor]:
     """A weight's numbers in order, a few megabytes at a time.
 
-    In the stored dtype, or in float32 where updates were added. Raises CheckpointError for a file that
-    ends too early.
+    In the stored dtype, or in float32 where updates were added or codes multiplied by their scales. Raises
+    CheckpointError for a file that ends too early.
     """
+    if weight.codes is not None:
+        yield from _dequantized(weight.codes)
+        return
     with weight.stored.path.open("rb") as file:
         if weight.untouched:
             for start in range(0, weight.elements, PIECE_ELEMENTS):
@@ -223,6 +230,16 @@ def halves_from_pairs(rows: torch.Tensor, head_rows: int) -> torch.Tensor:
     """
     split = rows.view(-1, head_rows // 2, 2, rows.shape[1])  # [heads, pairs, 2, columns]
     return split.transpose(1, 2).reshape(rows.shape)
+
+
+def _dequantized(stored: StoredCodes) -> Iterator[torch.Tensor]:
+    """codes * scales, a block of rows at a time: float32 [rows, columns]."""
+    codes, scales = torch.from_numpy(stored.codes()), torch.from_numpy(stored.scales())
+    rows, columns = stored.shape
+    step = max(1, PIECE_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        block = codes[start : start + step].float().view(-1, scales.shape[1], columns // scales.shape[1])
+        yield (block * scales[start : start + step, :, None]).view(-1, columns)
 
 
 def _factors(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, float]:

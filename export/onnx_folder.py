@@ -131,17 +131,21 @@ def quantize(
 
     Raises ConfigError for settings that would have no effect, MissingDependencyError without ModelOpt.
     """
-    if contract.precision not in QUANTIZED:
-        if settings != _DEFAULTS:
-            raise ConfigError(
-                f"calibration, --keep, --quality and --quantize-lm-head are for {', '.join(QUANTIZED)}; "
-                f"they have no effect with --precision {contract.precision}"
-            )
+    calibrated = contract.precision in QUANTIZED and source.stored_quantization is None
+    if settings != _DEFAULTS and not calibrated:
+        kind = "a checkpoint that is stored quantized" if source.stored_quantization else contract.precision
+        raise ConfigError(
+            f"calibration, --keep, --quality and --quantize-lm-head have no effect on {kind}; they are for a "
+            f"float checkpoint with --precision {', '.join(QUANTIZED)}"
+        )
+    if source.stored_quantization is None and not calibrated:
         return None
     for package in ("modelopt", "transformers", "safetensors"):
         require(package, "quantize")
-    from mistral_trt.export.quantization.recipe import quantize_checkpoint
+    from mistral_trt.export.quantization.recipe import import_quantized, quantize_checkpoint
 
+    if source.stored_quantization is not None:
+        return import_quantized(source, contract)
     require_space(out, sum(weight.elements for weight in source.weights.values()) // 2 + _SPARE_BYTES)
     tokenizer = texts.files.get("tokenizer.json")
     return quantize_checkpoint(source, contract, settings, tokenizer=tokenizer, bos_token_id=bos)

@@ -22,6 +22,9 @@ from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.progress import note, track
 
 _SHARED_INPUT = (KINDS[0:3], KINDS[4:6])
+SEARCHED_TOKENS = 1024
+"""Tokens that AWQ's search and the errors of the linears are measured on; all others are seen once."""
+
 ForwardLoop = Callable[[nn.Module], None]
 
 
@@ -71,10 +74,14 @@ def calibrate_layer(
     hidden: the layer's input, float32 [samples, tokens, hidden_size].
     """
     following: list[Tensor] = []
+    some = first_tokens(hidden, SEARCHED_TOKENS)
 
     def forward_loop(model: nn.Module) -> None:
-        # ModelOpt may run it more than once; each time the layer computes as if it were not quantized.
-        following[:] = [stream.run(model, batch) for batch in batches(hidden)]
+        # While ModelOpt looks on, the layer computes as if it were not quantized: that is what comes next.
+        if following:
+            stream.run(model, some)  # AWQ's search, which computes each linear a dozen times
+        else:
+            following.extend(stream.run(model, batch) for batch in batches(hidden))
 
     if scheme.activations is None and scheme.weights == "int8":  # ModelOpt looks at the weights alone
         forward_loop(layer)
@@ -86,8 +93,13 @@ def calibrate_layer(
             "a hidden state is not finite on the calibration text: the checkpoint is damaged, or the text "
             "is not for this model; try another --calibration"
         )
-    measured = _measure(modules, lambda: stream.run(layer, next(batches(hidden))))
+    measured = _measure(modules, lambda: stream.run(layer, some))
     return {name: _scales(modules[name], own.get(name), *measured[name]) for name in modules}, out
+
+
+def first_tokens(hidden: Tensor, count: int) -> Tensor:
+    """The first samples [n, T, …] that have `count` tokens together, or the beginning of the first one."""
+    return hidden[: max(1, count // hidden.shape[1]), :count]
 
 
 def calibrate_head(stream: LayerStream, hidden: Tensor, scheme: Scheme) -> LinearScales:

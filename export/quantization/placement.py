@@ -97,6 +97,15 @@ def place(
     return Placement(tuple(groups), frozenset(multiplied), folded, outputs)
 
 
+def place_stored(names: Collection[str], kept: Collection[str], *, layers: int) -> Placement:
+    """The placement of a checkpoint that is stored quantized: no input is multiplied by anything."""
+    groups = [
+        tuple(name for name in members if name not in kept)
+        for _, members in input_groups(layers, lm_head=LM_HEAD_MODULE in names)
+    ]
+    return Placement(tuple(group for group in groups if group), frozenset())
+
+
 def _sayable(values: Tensor) -> bool:
     """Whether float16 holds the values without overflow and with all their bits."""
     magnitudes = values.abs()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from mistral_trt.export.conversion import Weight
 from mistral_trt.export.quantization.codes import input_scale, weight_codes, weight_scale
 from mistral_trt.export.quantization.layers import LayerStream
 from mistral_trt.export.quantization.scales import LinearScales
@@ -200,14 +201,14 @@ def _compare(
             sums[k, 1] += kl_div(logs, exact, log_target=True, reduction="sum").double()
     means = sums / len(targets)
     ratios = (means[:, 0] - means[0, 0]).exp()
-    shares = [share(stream, scales, kept) for kept in choices]
+    shares = [share(stream.checkpoint.weights, scales, kept) for kept in choices]
     return [
         Point(tuple(sorted(kept)), shares[k], float(ratios[k + 1]), float(means[k + 1, 1]))
         for k, kept in enumerate(choices)
     ]
 
 
-def share(stream: LayerStream, scales: Mapping[str, LinearScales], kept: Collection[str]) -> float:
-    """Share of the linears' weights that are quantized."""
-    sizes = {name: weight_of(stream.checkpoint.weights, name).elements for name in scales}
+def share(weights: Mapping[str, Weight], names: Collection[str], kept: Collection[str]) -> float:
+    """Share of the linears' weights that are quantized.  names: of all linears."""
+    sizes = {name: weight_of(weights, name).elements for name in names}
     return 1 - sum(sizes[name] for name in kept) / sum(sizes.values())

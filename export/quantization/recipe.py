@@ -12,19 +12,19 @@ import torch
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import CalibrationError, ConfigError
-from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.export.checkpoint import LM_HEAD, Checkpoint
 from mistral_trt.export.conversion import Census, Weight, read_float32
 from mistral_trt.export.quantization.calibration import calibrate
 from mistral_trt.export.quantization.corpus import DEFAULT_SAMPLES, DEFAULT_TOKENS, Corpus, read_corpus
 from mistral_trt.export.quantization.layers import LayerStream
 from mistral_trt.export.quantization.nodes import quantize_graph, scale_dtype
-from mistral_trt.export.quantization.placement import Placement, input_groups, place
+from mistral_trt.export.quantization.placement import Placement, input_groups, place, place_stored
 from mistral_trt.export.quantization.quality import Point, by_error, choose_kept, share
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import BLOCK_SIZES, Scheme, linear_names, scheme_for
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.export.quantization.store import open_store
-from mistral_trt.export.quantization.tensors import quantized_tensors
+from mistral_trt.export.quantization.tensors import quantized_tensors, stored_tensors
 from mistral_trt.export.weights import MadeTensor
 from mistral_trt.manifest import tool_versions
 from mistral_trt.progress import note
@@ -35,7 +35,11 @@ _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is quantized, and how.  details: the manifest's `quantization`."""
+    """What is quantized, and how.
+
+    scales: what calibration found; empty where the checkpoint itself holds codes and scales.
+    details: the manifest's `quantization`.
+    """
 
     scheme: Scheme
     placement: Placement
@@ -44,6 +48,8 @@ class Quantization:
 
     def tensors(self, weights: Mapping[str, Weight], census: Census) -> list[MadeTensor]:
         """What the graph needs beside the float weights."""
+        if not self.scales:
+            return stored_tensors(weights, self.scheme, self.placement, census)
         return quantized_tensors(weights, self.scales, self.scheme, self.placement, census)
 
     def write_nodes(self, model: ir.Model) -> None:
@@ -88,10 +94,7 @@ def quantize_checkpoint(
     )
     details = {
         "scheme": scheme.to_json(),
-        "quantized": [f"{name}.weight" for name in placement.quantized],
-        "kept": [f"{name}.weight" for name in names if name in set(kept)],
-        "quantized_share": round(share(stream, scales, kept), 4),
-        "pre_quant_scales": placement.to_json(),
+        **_described(source, names, kept, placement),
         "sensitivity": [
             {"name": name, "error": float(f"{float(scales[name].error):.4g}"), "kept": name in set(kept)}
             for name in by_error(scales)
@@ -100,6 +103,43 @@ def quantize_checkpoint(
         "calibration": {**corpus.to_json(), "sliding_window": window, "algorithm": scheme.modelopt},
     }
     return Quantization(scheme, placement, scales, details)
+
+
+def import_quantized(source: Checkpoint, contract: GraphContract) -> Quantization:
+    """What a checkpoint that is stored quantized says itself, nothing added.  Raises ConfigError."""
+    stored = source.stored_quantization
+    assert stored is not None
+    if contract.precision != stored.precision:
+        raise ConfigError(
+            f"{source.folder} holds {stored.precision} weights ({stored.method}); use --precision "
+            f"{stored.precision}, or the float checkpoint for {contract.precision}"
+        )
+    scheme = scheme_for(contract.precision, source.config, stored.block_size)
+    names = linear_names(source.config, lm_head=LM_HEAD in stored.linears)
+    kept = [name for name in names if f"{name}.weight" not in stored.linears]
+    placement = place_stored(names, kept, layers=source.config.num_hidden_layers)
+    note(f"{len(placement.quantized)} linears are taken as they are stored, {len(kept)} are not quantized")
+    details = {
+        "scheme": scheme.to_json(),
+        **_described(source, names, kept, placement),
+        "sensitivity": [],
+        "frontier": [],
+        "calibration": None,
+        "imported_from": stored.method,
+    }
+    return Quantization(scheme, placement, {}, details)
+
+
+def _described(
+    source: Checkpoint, names: Sequence[str], kept: Sequence[str], placement: Placement
+) -> dict[str, Any]:
+    """Which linears are quantized, in the words of the manifest."""
+    return {
+        "quantized": [f"{name}.weight" for name in placement.quantized],
+        "kept": [f"{name}.weight" for name in names if name in set(kept)],
+        "quantized_share": round(share(source.weights, names, kept), 4),
+        "pre_quant_scales": placement.to_json(),
+    }
 
 
 def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:

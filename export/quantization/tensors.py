@@ -1,6 +1,7 @@
 """Checkpoint weights + scales + placement → the tensors of a quantized graph, made as they are written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mistral_trt.export.quantization.nodes import scale_dtype, scale_shape
 from mistral_trt.export.quantization.placement import Placement
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import Scheme
+from mistral_trt.export.quantization.stored import StoredCodes
 from mistral_trt.export.weights import MadeTensor
 
 _BYTES = {"float16": 2, "float32": 4}
@@ -46,9 +48,24 @@ def quantized_tensors(
             if scheme.activations is not None:
                 made.append(_constant(f"{name}.input_scale", input_scale(first, scheme), dtype, census))
             weight = weight_of(weights, name)
-            made.append(_codes(name, weight, scales[name], scheme))
+            read = partial(_weight_codes, weight, scales[name], scheme)
+            made.append(_codes(name, weight.shape, scheme, read))
             scale = stored_scale(scales[name], scheme, placement.output_scales.get(name), weight.shape)
             made.append(_constant(f"{name}.weight_scale", scale, dtype, census))
+    return made
+
+
+def stored_tensors(
+    weights: Mapping[str, Weight], scheme: Scheme, placement: Placement, census: Census
+) -> list[MadeTensor]:
+    """Codes and scales as a quantized checkpoint has them, laid out for the graph."""
+    made = []
+    for name in placement.quantized:
+        stored = weight_of(weights, name).codes
+        assert stored is not None
+        made.append(_codes(name, stored.shape, scheme, partial(_stored_codes, stored)))
+        scale = torch.from_numpy(stored.scales()).T.reshape(scale_shape(scheme, stored.shape))
+        made.append(_constant(f"{name}.weight_scale", scale, scale_dtype(scheme), census))
     return made
 
 
@@ -69,16 +86,24 @@ def stored_scale(
     return scale.T.reshape(scale_shape(scheme, (rows, columns)))
 
 
-def _codes(name: str, weight: Weight, scales: LinearScales, scheme: Scheme) -> MadeTensor:
-    rows, columns = weight.shape
+def _codes(name: str, shape: tuple[int, ...], scheme: Scheme, read: Callable[[], Tensor]) -> MadeTensor:
+    """A linear's codes.  read: gives them as [out, in], when they are written."""
+    rows, columns = shape
     four_bit = scheme.weights == "int4"
 
     def make() -> Iterator[memoryview]:
-        codes = weight_codes(read_float32(weight), scales, scheme)
-        yield as_bytes(packed_int4(codes) if four_bit else packed_codes(codes))
+        yield as_bytes(packed_int4(read()) if four_bit else packed_codes(read()))
 
     size = rows * columns // 2 if four_bit else rows * columns
     return MadeTensor(f"{name}.weight", scheme.weights, (columns, rows), size, make)
+
+
+def _stored_codes(stored: StoredCodes) -> Tensor:
+    return torch.from_numpy(stored.codes())
+
+
+def _weight_codes(weight: Weight, scales: LinearScales, scheme: Scheme) -> Tensor:
+    return weight_codes(read_float32(weight), scales, scheme)
 
 
 def _constant(name: str, value: Tensor, dtype: str, census: Census) -> MadeTensor:
