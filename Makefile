@@ -24,9 +24,20 @@ MAX_BATCH =
 MAX_CONTEXT =
 # Adapters to merge, DIR or DIR:SCALE, with blanks between them.
 LORA =
+
+# For the quantized precisions; left empty, they mean the defaults of `mistral-trt export`.
+CALIBRATION =
+CALIBRATION_SAMPLES =
+CALIBRATION_TOKENS =
+# Linears that stay float16, patterns with blanks between them, and a budget: perplexity=1.03 or kl=0.01.
+KEEP =
+QUALITY =
+LM_HEAD =
 RUN =
 
 LORA_FLAGS = $(foreach adapter,$(LORA),--lora '$(adapter)')
+
+UNQUANTIZED = CALIBRATION= CALIBRATION_SAMPLES= CALIBRATION_TOKENS= KEEP= QUALITY= LM_HEAD=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -44,10 +55,11 @@ ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
-.PHONY: help demo engine report onnx test test-all lint gpus bench bench-export clean .engine .report .onnx
+.PHONY: help demo engine report onnx test test-all lint gpus bench bench-export bench-quantization clean .engine .report .onnx
 
 help: ## show this list
 	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@echo '     PRECISION: fp32 fp16 bf16, or int8 int8-weight-only int4 fp8 with [CALIBRATION=text KEEP=pattern QUALITY=perplexity=1.03]'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
 	  do printf '  %-12s %s\n' "$$target" "$$words"; done
 
@@ -56,7 +68,7 @@ help: ## show this list
 demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
 	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
 	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
-	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT="; \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
@@ -89,6 +101,9 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) demo-model ## the figures of the README, measured here
 	$(BIN)/python bench/pipeline.py $(DEMO_MODEL) --out bench/results/pipeline.json
 
+bench-quantization: $(READY) demo-model ## what quantization costs and saves, measured here: 40 minutes
+	$(BIN)/python bench/quantization.py $(DEMO_MODEL) --out bench/results/quantization.json
+
 bench-export: $(READY) ## exports at full size, beside a copy of the files and beside other exporters: 25 minutes
 	$(BIN)/python bench/export.py
 
@@ -115,9 +130,15 @@ $(READY): requirements.lock pyproject.toml
 ifeq ($(RUN),)
 .NOTPARALLEL: # two goals may want one folder
 else
-SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))
+QUANTIZATION := $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
+  $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
+  $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
+  $(foreach pattern,$(KEEP),--keep '$(pattern)') $(if $(QUALITY),--quality '$(QUALITY)') \
+  $(if $(LM_HEAD),--quantize-lm-head)
+SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))$(if $(strip $(QUANTIZATION)),-q$(shell printf '%s' "$(QUANTIZATION)" | sha256sum | cut -c1-8))
 EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
-  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT))
+  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
+  $(QUANTIZATION)
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
 ENGINE := $(RUN)/engines/$(GPU)-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))
 REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
@@ -131,7 +152,7 @@ CORE := $(wildcard src/mistral_trt/*.py)
 .report: $(PASSED)
 	@echo $(REPORT)/report.html
 
-$(ONNX)/manifest.json: $(wildcard export/*.py) $(CORE)
+$(ONNX)/manifest.json: $(wildcard export/*.py export/quantization/*.* $(CALIBRATION)) $(CORE)
 	@$(CLI) export '$(MODEL)' $(LORA_FLAGS) --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
 
 $(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/gpus/$(GPU).toml

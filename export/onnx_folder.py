@@ -1,6 +1,7 @@
 """Checkpoint folder → ONNX folder: the stage's one public function, in the order of the work."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -140,8 +141,10 @@ def quantize(
         )
     if source.stored_quantization is None and not calibrated:
         return None
-    for package in ("modelopt", "transformers", "safetensors"):
-        require(package, "quantize")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ModelOpt's, of versions that it has not tried
+        for package in ("modelopt", "transformers", "safetensors"):
+            require(package, "quantize")
     from mistral_trt.export.quantization.recipe import import_quantized, quantize_checkpoint
 
     if source.stored_quantization is not None:

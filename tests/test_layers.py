@@ -99,16 +99,22 @@ def violations(root: Path) -> list[str]:
 
 def heavy_runtime_imports(root: Path) -> list[str]:
     """What `import mistral_trt.runtime.…` would load although the runtime must do without."""
+    runtime = [name for name in modules(root) if stage_of(name) == "runtime"]
+    return [f"{where}: the runtime loads {target}" for where, target in loaded(root, runtime, HEAVY)]
+
+
+def loaded(root: Path, start: list[str], packages: set[str]) -> list[tuple[str, str]]:
+    """Imports of `packages` that run when the modules of `start` are imported: (file:line, module)."""
     known = modules(root)
-    waiting, seen, found = [name for name in known if stage_of(name) == "runtime"], set(), []
+    waiting, seen, found = list(start), set(), []
     while waiting:
         name = waiting.pop()
         if name in seen or name not in known:
             continue
         seen.add(name)
         for line, target, deferred in imports(known[name].read_text()):
-            if target.split(".")[0] in HEAVY and not deferred:
-                found.append(f"{known[name].relative_to(root)}:{line}: the runtime loads {target}")
+            if target.split(".")[0] in packages and not deferred:
+                found.append((f"{known[name].relative_to(root)}:{line}", target))
             if not deferred:
                 waiting.append(target)
     return found
@@ -125,17 +131,19 @@ def undeclared(root: Path) -> list[str]:
             if inner := re.match(r"mistral-trt\[(.*)\]", requirement):
                 names |= set().union(*(packages(extras[extra.strip()]) for extra in inner[1].split(",")))
             else:
-                names.add(re.match(r"[\w-]+", requirement)[0].replace("-", "_"))  # type: ignore[index]
+                name = re.match(r"[\w-]+", requirement)[0].replace("-", "_")  # type: ignore[index]
+                names.add(name.removeprefix("nvidia_"))  # nvidia-modelopt is imported as modelopt
         return names
 
     allowed = {"export": "export", "engines": "engines", "validate": "validate", "runtime": "onnxruntime"}
-    own = {"demo_model": "demo", "synth": "synth"}
+    own = {"demo_model": "demo", "synth": "synth", "quantization": "quantize"}
     base, found = packages(project["dependencies"]), []
     for name, path in modules(root).items():
         stage = stage_of(name)
         declared = set(base) | {"mistral_trt"}
         if stage:
-            declared |= packages(extras[own.get(path.stem, allowed[stage])])
+            extra = own.get(path.stem) or own.get(path.parent.name) or allowed[stage]
+            declared |= packages(extras[extra])
         elif path.stem == "progress":
             declared |= packages(extras["export"]) & packages(extras["engines"])
         for line, target, _ in imports(path.read_text()):
@@ -156,6 +164,12 @@ def test_the_modules_are_found() -> None:
 
 def test_the_layers_hold() -> None:
     assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize("start", ["mistral_trt.export.__main__", "mistral_trt.export.quantization.recipe"])
+def test_only_a_quantized_export_loads_modelopt_and_transformers(start: str) -> None:
+    found = loaded(ROOT, [start], {"modelopt", "transformers", "safetensors"})
+    assert bool(found) == start.endswith("recipe")
 
 
 def test_every_package_that_is_imported_is_declared() -> None:

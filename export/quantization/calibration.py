@@ -5,11 +5,9 @@ found is written to a file, and the unquantized layer's output goes on to layer 
 ModelOpt on the whole model, with one layer in memory. A run that was stopped goes on where it stopped.
 """
 
-import contextlib
 import gc
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from mistral_trt.errors import CalibrationError
 from mistral_trt.export.quantization.layers import LayerStream, batches
 from mistral_trt.export.quantization.scales import LinearScales
-from mistral_trt.export.quantization.scheme import KINDS, LM_HEAD_MODULE, Scheme, linear_names
+from mistral_trt.export.quantization.scheme import KINDS, LM_HEAD_MODULE, Scheme, linear_names, quiet_modelopt
 from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.progress import note, track
 
@@ -118,11 +116,11 @@ def calibrate_head(stream: LayerStream, hidden: Tensor, scheme: Scheme) -> Linea
     return _scales(modules["linear"], None, *measured["linear"])
 
 
-def quantize(module: nn.Module, scheme: Scheme, forward_loop: ForwardLoop) -> dict[str, nn.Module]:
+def quantize(module: nn.Module, scheme: Scheme, forward_loop: ForwardLoop) -> dict[str, Any]:
     """Let ModelOpt quantize the linears of a module in place.  Returns them by name."""
-    import modelopt.torch.quantization as mtq
+    with quiet_modelopt():
+        import modelopt.torch.quantization as mtq
 
-    with _quiet_modelopt():
         mtq.quantize(module, scheme.modelopt_config(), forward_loop)
     return {
         name: linear
@@ -131,10 +129,11 @@ def quantize(module: nn.Module, scheme: Scheme, forward_loop: ForwardLoop) -> di
     }
 
 
-def _unify_shared_inputs(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _unify_shared_inputs(modules: dict[str, Any]) -> dict[str, Tensor]:
     """Give linears that read one input one pre_quant_scale, the mean of theirs, as ModelOpt's own
     preparation for fused linears does.  Returns the scales that were replaced, by name."""
-    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+    with quiet_modelopt():
+        from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
     own: dict[str, Tensor] = {}
     for group in _SHARED_INPUT:
@@ -144,7 +143,7 @@ def _unify_shared_inputs(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
         before = {name: modules[name].input_quantizer.pre_quant_scale.clone() for name in group}
         if all(torch.equal(scale, before[group[0]]) for scale in before.values()):
             continue  # SmoothQuant's come from the input alone
-        with _quiet_modelopt(), torch.no_grad():
+        with quiet_modelopt(), torch.no_grad():
             preprocess_linear_fusion(members)
         for name, scale in before.items():
             if not torch.equal(scale, modules[name].input_quantizer.pre_quant_scale):
@@ -152,15 +151,13 @@ def _unify_shared_inputs(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return own
 
 
-def _measure(
-    modules: dict[str, nn.Module], forward: Callable[[], Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _measure(modules: dict[str, Any], forward: Callable[[], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Relative error and largest magnitude of each linear's output, over one unquantized forward."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for name, module in modules.items():
 
-        def compare(module: nn.Module, args: tuple[Tensor, ...], exact: Tensor, name: str = name) -> None:
+        def compare(module: Any, args: tuple[Tensor, ...], exact: Tensor, name: str = name) -> None:
             _enable(module, True)
             quantized = nn.functional.linear(
                 module.input_quantizer(args[0]), module.weight_quantizer(module.weight)
@@ -177,14 +174,14 @@ def _measure(
     return found
 
 
-def _enable(module: nn.Module, quantized: bool) -> None:
+def _enable(module: Any, quantized: bool) -> None:
     """Switch a linear between quantized and exact. The pre_quant_scale applies in both."""
     for quantizer in (module.weight_quantizer, module.input_quantizer):
         if quantizer.amax is not None:
             quantizer.enable_quant() if quantized else quantizer.disable_quant()
 
 
-def _scales(module: nn.Module, own: Tensor | None, error: Tensor, output_amax: Tensor) -> LinearScales:
+def _scales(module: Any, own: Tensor | None, error: Tensor, output_amax: Tensor) -> LinearScales:
     amax = module.weight_quantizer.amax.float()
     rows = 1 if amax.numel() == 1 else module.weight.shape[0]
     reads = module.input_quantizer
@@ -199,11 +196,3 @@ def _scales(module: nn.Module, own: Tensor | None, error: Tensor, output_amax: T
         pre_quant_scale=None if scale is None else scale.float().reshape(-1).clone(),
         own_scale=None if own is None else own.float().reshape(-1).clone(),
     )
-
-
-@contextlib.contextmanager
-def _quiet_modelopt() -> Iterator[None]:
-    """ModelOpt prints its steps to stdout, which belongs to results, and warns of what we mean to do."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

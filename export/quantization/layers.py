@@ -5,6 +5,7 @@ to quantize, and what the reference of `validate` is made of.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ class LayerStream:
 
     def __init__(self, checkpoint: Checkpoint, *, sliding_window: int) -> None:
         self.checkpoint = checkpoint
-        settings = {**checkpoint.config.to_json(), "sliding_window": sliding_window}
-        self.config = MistralConfig(**settings, attn_implementation="sdpa")
+        settings: dict[str, Any] = {**checkpoint.config.to_json(), "sliding_window": sliding_window}
+        self.sliding_window = sliding_window
+        self.config = MistralConfig(**settings)
+        self.config._attn_implementation = "sdpa"
         self.rotary = MistralRotaryEmbedding(self.config)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids: int64 [n, T].  Returns hidden states, float32 [n, T, hidden_size]; only their rows are kept."""
+        """ids: int64 [n, T].  Returns hidden states, float32 [n, T, hidden_size]."""
         wanted, places = torch.unique(ids, return_inverse=True)
         weight = self.checkpoint.weights[EMBEDDING]
         rows = torch.empty(len(wanted), weight.shape[1])
@@ -80,7 +83,7 @@ class LayerStream:
             rotary = self.rotary(hidden, position_ids)
             out = layer(
                 hidden,
-                attention_mask=window_mask(length, self.config.sliding_window),
+                attention_mask=window_mask(length, self.sliding_window),
                 position_ids=position_ids,
                 position_embeddings=rotary,
             )
@@ -96,7 +99,7 @@ def window_mask(length: int, sliding_window: int) -> Tensor:
 
 def batches(hidden: Tensor) -> Iterator[Tensor]:
     """Samples [n, T, …] in groups of about TOKENS_AT_ONCE tokens."""
-    return iter(hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])))
+    return iter(torch.split(hidden, max(1, TOKENS_AT_ONCE // hidden.shape[1])))
 
 
 def _row_blocks(weight: Weight) -> Iterator[Tensor]:

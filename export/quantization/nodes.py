@@ -3,7 +3,7 @@
 Each form is one that TensorRT keeps small and that ONNX Runtime fuses into its quantized kernels. All of
 them hold the weight as [in, out], symmetric, with constant scales and zero points of 0:
 
-    int8              Cast → QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)) → Cast, in float32
+    int8              QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)) between Casts to float32
     int8-weight-only  MatMul(DequantizeLinear(W)), a scale for each output channel
     int4              MatMul(DequantizeLinear(W)), a scale for each block of input features
     fp8               QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)), one scale each
@@ -22,7 +22,7 @@ from mistral_trt.export.weights import onnx_dtype
 
 
 def scale_dtype(scheme: Scheme) -> str:
-    """Dtype of the graph's scales, and with it of the MatMul: ONNX Runtime fuses INT8 x INT8 in float32 only."""
+    """Dtype of the graph's scales, and with it of the MatMul: INT8 x INT8 is fused in float32 only."""
     return "float32" if scheme.activations == "int8" else "float16"
 
 

@@ -14,7 +14,7 @@ from mistral_trt.contract import GraphContract
 from mistral_trt.errors import CalibrationError, ConfigError
 from mistral_trt.export.checkpoint import LM_HEAD, Checkpoint
 from mistral_trt.export.conversion import Census, Weight, read_float32
-from mistral_trt.export.quantization.calibration import calibrate
+from mistral_trt.export.quantization.calibration import SEARCHED_TOKENS, calibrate
 from mistral_trt.export.quantization.corpus import DEFAULT_SAMPLES, DEFAULT_TOKENS, Corpus, read_corpus
 from mistral_trt.export.quantization.layers import LayerStream
 from mistral_trt.export.quantization.nodes import quantize_graph, scale_dtype
@@ -186,6 +186,7 @@ def _calibration_key(
     """A name for a calibration, from everything its result depends on."""
     depends_on = {
         "version": _RESULT_VERSION,
+        "searched_tokens": SEARCHED_TOKENS,
         "sources": source.sources(),
         "scheme": scheme.to_json(),
         "corpus": [corpus.sha256, *corpus.ids.shape],

@@ -1,7 +1,10 @@
 """`--precision` → what is quantized, to which numbers, and ModelOpt's configuration that calibrates it."""
 
 import copy
-from collections.abc import Iterable
+import io
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,7 @@ from mistral_trt.config import ModelConfig
 from mistral_trt.errors import ConfigError
 
 BLOCK_SIZES = (128, 64, 32)
-"""Input features that may share a scale in INT4, as TensorRT has kernels for them; the largest is tried first."""
+"""Input features that may share a scale in INT4, as TensorRT has kernels for; the largest is tried first."""
 
 KINDS = (
     "self_attn.q_proj",
@@ -43,7 +46,8 @@ class Scheme:
 
     def modelopt_config(self) -> dict[str, Any]:
         """A copy of ModelOpt's own configuration, with our block size."""
-        import modelopt.torch.quantization as mtq
+        with quiet_modelopt():
+            import modelopt.torch.quantization as mtq
 
         config: dict[str, Any] = copy.deepcopy(getattr(mtq, self.modelopt))
         for rule in config["quant_cfg"]:
@@ -60,6 +64,14 @@ class Scheme:
             "activations": self.activations,
             "block_size": self.block_size,
         }
+
+
+@contextmanager
+def quiet_modelopt() -> Iterator[None]:
+    """ModelOpt prints its steps to stdout, which belongs to results, and warns of untried versions."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 _SCHEMES = {
