@@ -16,6 +16,7 @@ from mistral_trt.engines.budget import (
     available_memory_bytes,
     check_device,
     check_host,
+    check_plan,
     predict,
 )
 from mistral_trt.engines.callbacks import (
@@ -27,9 +28,10 @@ from mistral_trt.engines.callbacks import (
     make_writer,
 )
 from mistral_trt.engines.compiled import compiled_summary
-from mistral_trt.engines.flavor import AUTO, RTX, Flavor, choose_flavor
+from mistral_trt.engines.flavor import AUTO, RTX, Flavor, check_weight_only, choose_flavor
 from mistral_trt.engines.gpu import GpuTarget, check_precision, find_gpu
 from mistral_trt.engines.network import add_profiles, one_line, parse_network
+from mistral_trt.engines.quantized import Quantization, carried, read_quantization
 from mistral_trt.errors import BuildError, ManifestError
 from mistral_trt.manifest import (
     GRAPH_NAME,
@@ -44,6 +46,7 @@ from mistral_trt.progress import note, track
 PLAN_NAME = "model.plan"
 
 _CARRIED = ("name", "graph_sha256", "text_files", "generation")
+_WASTE = {"ring_copies": "copies whole rings", "weights_dequantized": "dequantizes whole weights"}
 _T = TypeVar("_T")
 _LOG = logging.getLogger("mistral_trt")
 
@@ -56,6 +59,7 @@ class Plan:
     """
 
     sha256: str
+    bytes: int
     layers: dict[str, int]
     compiled: dict[str, Any]
 
@@ -69,16 +73,19 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
     require_apart(out, onnx_dir)
     source = read_manifest(onnx_dir, "onnx", check_files=False)
     target, chosen = check_target(gpu, source.contract.precision, flavor)
-    trt = chosen.load()
-    budget = check_budget(source, target, out)
-    carried = carried_details(source)
+    trt, quantization = chosen.load(), read_quantization(source)
+    budget = check_budget(source, target, out, quantization)
+    repeated = carried_details(source)
     read_manifest(onnx_dir, "onnx")  # every byte, once nothing cheaper can refuse
     note(f"{target.name} ({target.sm}), {chosen.name} {trt.__version__}: {describe(budget)}")
     with new_artifact(out) as folder:
         with (folder / PLAN_NAME).open("wb") as file:
-            plan = build_plan(trt, onnx_dir / GRAPH_NAME, source.contract, target, chosen, file)
-        warn_of_copies(plan)
-        for name in carried["text_files"]:
+            plan = build_plan(
+                trt, onnx_dir / GRAPH_NAME, source.contract, target, chosen, file, quantization=quantization
+            )
+        check_plan(budget, plan.bytes)
+        warn_of_waste(plan)
+        for name in repeated["text_files"]:
             shutil.copyfile(onnx_dir / name, folder / name)
         manifest = Manifest(
             stage="engine",
@@ -86,7 +93,7 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
             sources={"onnx": manifest_sha256(onnx_dir), **source.sources},
             contract=source.contract,
             versions=tool_versions(chosen.name, "onnx"),
-            details={**carried, **engine_details(target, chosen.name, trt.__version__, budget, plan)},
+            details={**repeated, **engine_details(target, chosen.name, trt.__version__, budget, plan)},
         )
         manifest.write(folder)
     return manifest
@@ -96,18 +103,23 @@ def check_target(gpu: str, precision: str, flavor: str = AUTO) -> tuple[GpuTarge
     """The GPU and the TensorRT that can build for it here. Raises GpuError saying why there is none."""
     target = find_gpu(gpu)
     check_precision(target, precision)
-    return target, choose_flavor(target, flavor)
+    check_weight_only(target, precision, flavor)
+    chosen = choose_flavor(target, flavor)
+    check_weight_only(target, precision, chosen.name)
+    return target, chosen
 
 
 def carried_details(source: Manifest) -> dict[str, Any]:
     """What the engine's manifest repeats of the ONNX folder's. Raises ManifestError if it is not there."""
-    carried = {key: _detail(source, key) for key in _CARRIED}
-    foreign = sorted(set(carried["text_files"]) - set(source.files))
+    repeated = {key: _detail(source, key) for key in _CARRIED}
+    if "quantization" in source.details:
+        repeated["quantization"] = carried(source.details["quantization"])
+    foreign = sorted(set(repeated["text_files"]) - set(source.files))
     if foreign:
         raise ManifestError(
             f"text_files of the ONNX manifest are not among its files: {foreign}; export again"
         )
-    return carried
+    return repeated
 
 
 def engine_details(gpu: GpuTarget, flavor: str, version: str, budget: Budget, plan: Plan) -> dict[str, Any]:
@@ -120,14 +132,18 @@ def engine_details(gpu: GpuTarget, flavor: str, version: str, budget: Budget, pl
         "tensorrt": version,
         "weights": "embedded",
         "predicted": budget.to_json(),
+        "plan_bytes": plan.bytes,
         "network_layers": plan.layers,
         "compiled": plan.compiled,
     }
 
 
-def check_budget(source: Manifest, gpu: GpuTarget, out: Path) -> Budget:
+def check_budget(
+    source: Manifest, gpu: GpuTarget, out: Path, quantization: Quantization | None = None
+) -> Budget:
     """Predict what the build and the engine need. Raises BuildError if that does not fit."""
-    budget = predict(source.contract, _detail(source, "weights_bytes"))
+    quantized_bytes = quantization.quantized_bytes if quantization else 0
+    budget = predict(source.contract, _detail(source, "weights_bytes"), quantized_bytes=quantized_bytes)
     check_device(budget, gpu)
     memory, disk = available_memory_bytes(), free_disk_bytes(out)
     check_host(budget, out, memory_bytes=memory, disk_bytes=disk)
@@ -143,7 +159,14 @@ def describe(budget: Budget) -> str:
 
 
 def build_plan(
-    trt: Any, onnx: Path, contract: GraphContract, gpu: GpuTarget, flavor: Flavor, file: BinaryIO
+    trt: Any,
+    onnx: Path,
+    contract: GraphContract,
+    gpu: GpuTarget,
+    flavor: Flavor,
+    file: BinaryIO,
+    *,
+    quantization: Quantization | None = None,
 ) -> Plan:
     """Parse, audit and build; the plan goes to `file` as it is made.
 
@@ -156,7 +179,7 @@ def build_plan(
 
         def work() -> dict[str, int]:
             logger = make_logger(trt, log)
-            parsed = parse_network(trt, onnx, contract, logger, log)
+            parsed = parse_network(trt, onnx, contract, logger, log, quantization=quantization)
             config = builder_config(trt, parsed.builder, contract, gpu, flavor)
             # Named, because TensorRT does not keep its callbacks alive.
             monitor, writer = make_monitor(trt, phases, cancel), make_writer(trt, sink)
@@ -167,7 +190,7 @@ def build_plan(
 
         layers = interruptible(work, cancel)
         phases.finish()
-    return Plan(sink.digest.hexdigest(), layers, compiled_summary(log.verbose, contract))
+    return Plan(sink.digest.hexdigest(), sink.bytes, layers, compiled_summary(log.verbose, contract))
 
 
 def builder_config(trt: Any, builder: Any, contract: GraphContract, gpu: GpuTarget, flavor: Flavor) -> Any:
@@ -193,11 +216,12 @@ def require_clean(built: bool, log: BuilderLog, sink: PlanSink) -> None:
         raise BuildError("TensorRT built no plan and gave no reason")
 
 
-def warn_of_copies(plan: Plan) -> None:
-    """Say so if the compiled plan moves whole rings: it is right, but every step pays for it."""
-    copies = {name: count for name, count in plan.compiled.get("ring_copies", {}).items() if count}
-    if copies:
-        _LOG.warning("the plan copies whole rings in every step (%s), which costs time", copies)
+def warn_of_waste(plan: Plan) -> None:
+    """Say so if the compiled plan moves whole rings or weights: it is right, but every step pays for it."""
+    for fact, what in _WASTE.items():
+        found = {name: count for name, count in plan.compiled.get(fact, {}).items() if count}
+        if found:
+            _LOG.warning("the plan %s in every step (%s), which costs time", what, found)
 
 
 def interruptible(work: Callable[[], _T], cancel: threading.Event) -> _T:

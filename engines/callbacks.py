@@ -116,11 +116,11 @@ def make_monitor(trt: Any, phases: PhaseTree, cancel: threading.Event) -> Any:
 
 
 class PlanSink:
-    """Where the plan goes piece by piece: a file and its hash. `error` keeps what stopped it."""
+    """Where the plan goes piece by piece: a file, its hash and size. `error` keeps what stopped it."""
 
     def __init__(self, file: BinaryIO, cancel: threading.Event) -> None:
         self.file, self.cancel = file, cancel
-        self.digest = hashlib.sha256()
+        self.digest, self.bytes = hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
@@ -133,6 +133,7 @@ class PlanSink:
             self.error = error
             return 0
         self.digest.update(data)
+        self.bytes += len(data)
         return len(data)
 
 

@@ -59,6 +59,18 @@ def choose_flavor(gpu: GpuTarget, wanted: str = AUTO) -> Flavor:
     raise GpuError(f"full TensorRT builds only on the target itself, and {_describe(here)}; {_remedy(gpu)}")
 
 
+def check_weight_only(gpu: GpuTarget, precision: str, flavor: str) -> None:
+    """Raise GpuError for int8-weight-only where full TensorRT builds: by `flavor`, or as the only one."""
+    only_full = gpu.rtx_support is RtxSupport.IMPOSSIBLE
+    if precision != "int8-weight-only" or not (flavor == FULL.name or only_full):
+        return
+    remedy = "" if only_full else f", or build with --flavor {RTX.name}"
+    raise GpuError(
+        f"full TensorRT documents weight-only quantization for INT4 alone, so nothing says that it keeps "
+        f"{precision} in INT8; export with --precision int8{remedy}"
+    )
+
+
 def local_gpus() -> list[str]:
     """Names of this machine's NVIDIA GPUs, as nvidia-smi prints them; empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -6,7 +6,7 @@ capabilities only, never of a single GPU.
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -18,14 +18,27 @@ SEGMENTS = ("data centre", "GeForce")
 
 _FIGURES = ("memory_gb", "memory_bandwidth_gb_per_s", "fp16_tflops", "int8_tops", "fp8_tflops")
 
+FP8_CAPABILITY = "8.9"
+
 RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX's builder accepts (its `ComputeCapability` enum; a test compares them)."""
 
 RTX_LISTED = ("7.5", "8.6", "8.9", "12.0", "12.1")
 """docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix 1.5; its examples are all GeForce boards."""
 
-_LOWEST_CAPABILITY = {"fp16": "7.5", "bf16": "8.0"}
-"""Precision → first compute capability that runs it. INT8, INT4 and FP8 are added here with their export."""
+_NEEDS = {
+    "fp16": ("7.5", "float16 tensor cores"),
+    "bf16": ("8.0", "bfloat16 arithmetic"),
+    "int8": ("8.0", "TensorRT's INT8 linears between float32"),
+    "int8-weight-only": ("7.5", "float16 tensor cores"),
+    "int4": ("8.0", "TensorRT's INT4 kernels"),
+    "fp8": (FP8_CAPABILITY, "FP8 tensor cores"),
+}
+"""Precision → first compute capability it is built for, and what that has.
+
+Measured with tensorrt-rtx 1.7.1. SM75 has INT8 tensor cores, but an int8 linear stands between float32 (ONNX
+Runtime fuses no other form), and TensorRT compiles no float32 matrix product for SM75, not even this one.
+"""
 
 _UNBUILDABLE = {
     "fp32": "TensorRT has no fused float32 attention, on any GPU; fp32 runs in ONNX Runtime",
@@ -78,6 +91,11 @@ class GpuTarget:
                 raise GpuError(f"{self.key}: {name} has no entry in [sources]")
         if not self.sources.get("compute_capability"):
             raise GpuError(f"{self.key}: compute_capability has no entry in [sources]")
+        if (self.fp8_tflops is not None) != self.runs(FP8_CAPABILITY):
+            raise GpuError(
+                f"{self.key}: fp8_tflops must be given from compute capability {FP8_CAPABILITY} on, and not "
+                f"below; found {self.fp8_tflops!r} with {self.compute_capability}"
+            )
 
     @property
     def sm(self) -> str:
@@ -96,6 +114,10 @@ class GpuTarget:
         if self.segment == "GeForce" and self.compute_capability in RTX_LISTED:
             return RtxSupport.LISTED
         return RtxSupport.UNLISTED
+
+    def runs(self, lowest: str) -> bool:
+        """Whether its compute capability is `lowest` or later."""
+        return _number(lowest) <= _number(self.compute_capability)
 
     def answers_to(self, name: str) -> bool:
         """Whether `name` is this GPU's key, name or an alias; case does not matter."""
@@ -140,24 +162,26 @@ def find_gpu(name: str, catalogue: Mapping[str, GpuTarget] | None = None) -> Gpu
 
 def check_precision(gpu: GpuTarget, precision: str) -> None:
     """Raise if an engine of this precision cannot be built (BuildError) or not for this GPU (GpuError)."""
-    known = [*_LOWEST_CAPABILITY, *_UNBUILDABLE]
+    known = [*_NEEDS, *_UNBUILDABLE]
     if precision not in known:
         raise BuildError(f"precision must be one of {', '.join(known)}, found {precision!r}")
     if precision in _UNBUILDABLE:
         raise BuildError(
             f"an engine cannot be built in {precision}: {_UNBUILDABLE[precision]}; "
-            f"export with --precision {' or '.join(_LOWEST_CAPABILITY)}"
+            f"export with --precision {_either(list(_NEEDS))}"
         )
-    usable = [
-        name
-        for name, lowest in _LOWEST_CAPABILITY.items()
-        if _number(lowest) <= _number(gpu.compute_capability)
-    ]
-    if precision not in usable:
+    lowest, what = _NEEDS[precision]
+    if not gpu.runs(lowest):
+        usable = [name for name, (capability, _) in _NEEDS.items() if gpu.runs(capability)]
         raise GpuError(
             f"{gpu.name} (compute capability {gpu.compute_capability}) cannot run {precision}, which needs "
-            f"{_LOWEST_CAPABILITY[precision]} or later; export with --precision {' or '.join(usable)}"
+            f"compute capability {lowest} or later ({what}); export with --precision {_either(usable)}"
         )
+
+
+def _either(names: Sequence[str]) -> str:
+    """fp16, bf16 -> "fp16 or bf16"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _plain(name: str) -> str:

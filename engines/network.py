@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx
 
-from mistral_trt.contract import GraphContract, TensorSpec
+from mistral_trt.contract import QUANTIZED, GraphContract, TensorSpec
 from mistral_trt.engines.callbacks import BuilderLog
+from mistral_trt.engines.quantized import Quantization, audit_quantized
 from mistral_trt.errors import BuildError
 
 _QUERY, _KEY, _VALUE = 0, 1, 2  # inputs of IAttention; the mask has an accessor of its own
@@ -46,7 +47,13 @@ class ParsedNetwork:
 
 
 def parse_network(
-    trt: Any, path: Path, contract: GraphContract, logger: Any, log: BuilderLog
+    trt: Any,
+    path: Path,
+    contract: GraphContract,
+    logger: Any,
+    log: BuilderLog,
+    *,
+    quantization: Quantization | None = None,
 ) -> ParsedNetwork:
     """Parse, check and audit the graph. Raises BuildError naming the node or tensor at fault."""
     check_operators(path)
@@ -62,6 +69,8 @@ def parse_network(
     layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
     attend_ring_itself(trt, network, contract)
     audit(trt, network, contract)
+    if quantization is not None:
+        audit_quantized(network, quantization)
     if log.problems:
         raise BuildError(f"TensorRT reports an error in {path}: {one_line(log.problems[0])}")
     return ParsedNetwork(builder, parser, network, dict(sorted(layers.items())))
@@ -117,16 +126,29 @@ def audit(trt: Any, network: Any, contract: GraphContract) -> None:
 
 
 def add_profiles(builder: Any, config: Any, contract: GraphContract) -> None:
-    """One optimization profile per entry of `contract.profiles()`, in that order.
+    """One optimization profile per entry of `profile_ranges`, in that order.
 
     Raises BuildError if TensorRT refuses one.
     """
-    for name, ranges in contract.profiles().items():
+    for name, ranges in profile_ranges(contract).items():
         profile = builder.create_optimization_profile()
         for spec in contract.inputs():
             profile.set_shape(spec.name, *(_shape(spec, sizes) for sizes in ranges))
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"TensorRT refuses the optimization profile {name!r} with {ranges}")
+
+
+def profile_ranges(contract: GraphContract) -> dict[str, tuple[dict[str, int], ...]]:
+    """`contract.profiles()`; with quantized weights, decode has room for a second row, used or not.
+
+    Were each of its sizes fixed, TensorRT-RTX 1.7.1 would store INT8 and FP8 codes once for each profile, and
+    in int8-weight-only dequantize every weight whole in every step (seen in its reports).
+    """
+    found: dict[str, tuple[dict[str, int], ...]] = dict(contract.profiles())
+    if contract.precision in QUANTIZED and contract.max_batch_size == 1:
+        lowest, usual, most = found["decode"]
+        found["decode"] = (lowest, usual, {**most, "B": 2})
+    return found
 
 
 def attentions(trt: Any, network: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from mistral_trt.engines.budget import (
     available_memory_bytes,
     check_device,
     check_host,
+    check_plan,
     predict,
 )
 from mistral_trt.engines.gpu import find_gpu
@@ -91,6 +92,57 @@ def test_too_little_memory_for_the_build() -> None:
     )
     with pytest.raises(BuildError, match=message):
         check_host(budget, Path("out"), memory_bytes=24 * GB, disk_bytes=100 * GB)
+
+
+@pytest.mark.parametrize(
+    ("precision", "factor"), [("int8", 1.6), ("int8-weight-only", 1.6), ("int4", 2.6), ("fp8", 1.6)]
+)
+def test_what_is_quantized_and_what_is_not_count_with_their_own_factors(
+    precision: str, factor: float
+) -> None:
+    contract = plan_contract(MISTRAL_7B, precision=precision)
+    budget = predict(contract, 4_500_000_000, quantized_bytes=4_000_000_000)
+    assert budget.build_memory_bytes == int(factor * 4_000_000_000 + 1.9 * 500_000_000) + GB
+    assert budget.plan_bytes == 4_540_000_000
+    assert budget.to_json()["weights_bytes"] == 4_500_000_000
+    message = rf"\({factor} x 4.00 GB quantized \+ 1.9 x 0.50 GB other weights \+ 1.00 GB\), and 3.00 GB"
+    with pytest.raises(BuildError, match=message):
+        check_host(budget, Path("out"), memory_bytes=3 * GB, disk_bytes=100 * GB)
+
+
+def test_a_7b_in_int4_fits_a_t4_class_device_and_its_prediction_is_bytes() -> None:
+    contract = plan_contract(MISTRAL_7B, precision="int4", max_batch_size=4)
+    budget = predict(contract, 4_130_000_000, quantized_bytes=3_600_000_000)
+    check_device(budget, find_gpu("t4"))
+    assert all(isinstance(amount, int) for amount in budget.to_json().values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "plan_bytes", "found"),
+    [
+        ("fp16", 1_089_000_000, None),
+        ("fp16", 1_091_000_000, "and at most 0.09 GB more, the size of its weights, found 1.09 GB: TensorRT"),
+        ("fp16", 911_000_000, None),
+        (
+            "fp16",
+            909_000_000,
+            "and at most 0.09 GB less, the size of its weights, found 0.91 GB: weights are",
+        ),
+        ("int4", 1_089_000_000, None),
+        ("int4", 1_091_000_000, "expected a plan of 1.00 GB and at most 0.09 GB more, .*: TensorRT stored"),
+        ("int4", 909_000_000, None),  # equal scales are stored once
+    ],
+)
+def test_a_plan_that_does_not_hold_each_weight_once_is_refused(
+    precision: str, plan_bytes: int, found: str | None
+) -> None:
+    contract = plan_contract(MISTRAL_7B, precision=precision)
+    budget = predict(contract, GB, quantized_bytes=GB // 2 if precision == "int4" else 0)
+    if found is None:
+        check_plan(budget, plan_bytes)
+        return
+    with pytest.raises(BuildError, match=found):
+        check_plan(budget, plan_bytes)
 
 
 def test_too_little_disk_for_the_plan() -> None:

@@ -431,7 +431,7 @@ def test_the_sink_hashes_what_it_writes(tmp_path: Path) -> None:
     with (tmp_path / "plan").open("wb") as file:
         sink = PlanSink(file, threading.Event())
         assert [sink.write(b"abc"), sink.write(b"defg")] == [3, 4]
-    assert sink.digest.hexdigest() == sha256_file(tmp_path / "plan")
+    assert (sink.digest.hexdigest(), sink.bytes) == (sha256_file(tmp_path / "plan"), 7)
 
 
 def test_the_sink_stops_when_cancelled_or_full(tmp_path: Path) -> None:
@@ -482,6 +482,19 @@ def test_the_report_of_a_compiled_plan(contract: GraphContract) -> None:
     assert compiled_summary(["something else"], contract) == {}
 
 
+def test_the_report_of_a_quantized_plan_counts_weights_dequantized_whole(contract: GraphContract) -> None:
+    codes = "Constants: [ { Name: c, Dimensions: [3,4], Datatype: Int8, Format: x }], "
+    lines = [
+        kernel("__myl_CastMul_myl0_0", [], ["numbers"]).replace("Constants: [], ", codes),
+        kernel("node_myl0_1", ["x"], ["y"]).replace("Constants: [], ", codes),
+        kernel("__myl_CastMul_myl1_0", [], ["numbers"]),
+    ]
+    verbose = ["Layers:\n" + "\n".join(lines)]
+    summary = compiled_summary(verbose, replace(contract, precision="int8-weight-only"))
+    assert summary["weights_dequantized"] == {"decode": 1, "prefill": 0}
+    assert "weights_dequantized" not in compiled_summary(verbose, contract)
+
+
 # --- real builds ----------------------------------------------------------------------------------------
 
 
@@ -505,6 +518,8 @@ def check_engine(folder: Path, onnx_dir: Path) -> Manifest:
     assert manifest.details["graph_sha256"] == source.details["graph_sha256"]
     assert manifest.details["network_layers"]["KV_CACHE_UPDATE"] == 4
     assert manifest.files["model.plan"].bytes > manifest.details["predicted"]["weights_bytes"]
+    assert manifest.files["model.plan"].bytes == manifest.details["plan_bytes"]
+    assert "quantization" not in manifest.details
     return manifest
 
 

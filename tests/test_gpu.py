@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.engines import flavor as flavors
 from mistral_trt.engines.__main__ import gpus
+from mistral_trt.engines.build import check_target
 from mistral_trt.engines.flavor import FULL, RTX, Flavor, choose_flavor, local_gpus
 from mistral_trt.engines.gpu import (
     RTX_TARGETS,
@@ -105,6 +107,12 @@ def test_adding_a_gpu_is_adding_a_file(tmp_path: Path) -> None:
         ("int8_tops = 140", 'int8_tops = "140"', "int8_tops must be a positive number, found '140'"),
         ('int8_tops = "s"\n', "", r"int8_tops has no entry in \[sources\]"),
         ('compute_capability = "s"\n', "", r"compute_capability has no entry in \[sources\]"),
+        ('"8.6"', '"8.9"', r"fp8_tflops must be given from .* 8.9 on, and not below; found None with 8.9"),
+        (
+            "int8_tops = 140\n\n[sources]",
+            'int8_tops = 140\nfp8_tflops = 140\n\n[sources]\nfp8_tflops = "s"',
+            r"fp8_tflops must be given from .* 8.9 on, and not below; found 140 with 8.6",
+        ),
     ],
 )
 def test_a_wrong_data_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -134,18 +142,63 @@ def test_the_targets_of_tensorrt_rtx_are_those_of_the_installed_builder() -> Non
     assert names == {"SM" + target.replace(".", "") for target in RTX_TARGETS}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+LOWEST = {"fp16": 7.5, "bf16": 8.0, "int8": 8.0, "int8-weight-only": 7.5, "int4": 8.0, "fp8": 8.9}
+
+
+@pytest.mark.parametrize("precision", LOWEST)
 def test_precisions_run_from_their_first_capability_on(precision: str) -> None:
     for gpu in load_catalogue().values():
-        if (gpu.key, precision) != ("t4", "bf16"):
+        if float(gpu.compute_capability) >= LOWEST[precision]:
             check_precision(gpu, precision)
+        else:
+            with pytest.raises(GpuError, match=f"cannot run {precision}, which needs compute capability"):
+                check_precision(gpu, precision)
 
 
-def test_bf16_is_refused_before_ampere() -> None:
-    with pytest.raises(
-        GpuError, match=r"NVIDIA T4 \(compute capability 7.5\) cannot run bf16.*precision fp16$"
-    ):
-        check_precision(find_gpu("t4"), "bf16")
+def test_every_precision_but_fp32_has_a_first_capability() -> None:
+    assert set(LOWEST) == set(CACHE_DTYPES) - {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "message"),
+    [
+        (
+            "t4",
+            "bf16",
+            "NVIDIA T4 (compute capability 7.5) cannot run bf16, which needs compute capability 8.0 or later "
+            "(bfloat16 arithmetic); export with --precision fp16 or int8-weight-only",
+        ),
+        (
+            "t4",
+            "int8",
+            "NVIDIA T4 (compute capability 7.5) cannot run int8, which needs compute capability 8.0 or later "
+            "(TensorRT's INT8 linears between float32); export with --precision fp16 or int8-weight-only",
+        ),
+        (
+            "t4",
+            "int4",
+            "NVIDIA T4 (compute capability 7.5) cannot run int4, which needs compute capability 8.0 or later "
+            "(TensorRT's INT4 kernels); export with --precision fp16 or int8-weight-only",
+        ),
+        (
+            "a10g",
+            "fp8",
+            "NVIDIA A10G (compute capability 8.6) cannot run fp8, which needs compute capability 8.9 or "
+            "later (FP8 tensor cores); export with --precision fp16, bf16, int8, int8-weight-only or int4",
+        ),
+    ],
+)
+def test_a_precision_the_hardware_lacks_is_refused(gpu: str, precision: str, message: str) -> None:
+    with pytest.raises(GpuError) as error:
+        check_precision(find_gpu(gpu), precision)
+    assert str(error.value) == message
+
+
+def test_the_command_checks_a_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpus(["--check", "l4", "--precision", "fp8", "--flavor", "tensorrt-rtx"]) == 0
+    assert capsys.readouterr().out == ""
+    with pytest.raises(GpuError, match="NVIDIA A10G .* cannot run fp8"):
+        gpus(["--check", "a10g", "--precision", "fp8"])
 
 
 def test_fp32_is_refused_with_the_reason() -> None:
@@ -218,6 +271,31 @@ def test_full_tensorrt_asked_for_and_not_installed(machine: type[Machine]) -> No
         choose_flavor(find_gpu("a10g"), "tensorrt")
 
 
+def test_full_tensorrt_gives_no_word_on_int8_weight_only(machine: type[Machine]) -> None:
+    machine.installed, machine.gpus = {RTX.name, FULL.name}, ["NVIDIA A10G"]
+    for flavor in ("auto", "tensorrt"):
+        with pytest.raises(GpuError) as error:
+            check_target("a10g", "int8-weight-only", flavor)
+        assert str(error.value) == (
+            "full TensorRT documents weight-only quantization for INT4 alone, so nothing says that it keeps "
+            "int8-weight-only in INT8; export with --precision int8, or build with --flavor tensorrt-rtx"
+        )
+    assert check_target("a10g", "int8-weight-only", "tensorrt-rtx")[1] == RTX
+    assert check_target("a10g", "int4", "tensorrt")[1] == FULL
+    assert check_target("a10g", "int8")[1] == FULL
+
+
+@pytest.mark.parametrize("flavor", ["auto", "tensorrt", "tensorrt-rtx"])
+def test_a_gpu_of_full_tensorrt_alone_is_told_at_once(machine: type[Machine], flavor: str) -> None:
+    """Here nothing is installed that builds for an H100: what to install would not help."""
+    with pytest.raises(GpuError, match="for INT4 alone, .*; export with --precision int8$"):
+        check_target("h100", "int8-weight-only", flavor)
+
+
+def test_auto_builds_int8_weight_only_where_rtx_is_what_there_is(machine: type[Machine]) -> None:
+    assert check_target("a10g", "int8-weight-only")[1] == RTX
+
+
 def test_a_flavor_that_does_not_exist(machine: type[Machine]) -> None:
     with pytest.raises(GpuError, match="flavor must be one of auto, tensorrt, tensorrt-rtx, found 'trt'"):
         choose_flavor(find_gpu("a10g"), "trt")
@@ -269,5 +347,5 @@ def test_the_table_cuts_no_figure_on_a_narrow_terminal() -> None:
 
 @pytest.mark.parametrize("precision", ["nonsense", "int9", ""])
 def test_a_precision_that_does_not_exist_lists_those_that_do(precision: str) -> None:
-    with pytest.raises(BuildError, match="precision must be one of fp16, bf16, fp32, found"):
+    with pytest.raises(BuildError, match="one of fp16, bf16, int8, int8-weight-only, int4, fp8, fp32, found"):
         check_precision(find_gpu("a10g"), precision)
