@@ -1,11 +1,12 @@
 """The table of limits, and what is held against it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mistral_trt.contract import CACHE_DTYPES
+from mistral_trt.contract import CACHE_DTYPES, QUANTIZED
 from mistral_trt.errors import ValidationError
 from mistral_trt.validate.gates import (
     TITLES,
@@ -17,17 +18,18 @@ from mistral_trt.validate.gates import (
     read_gates,
     undecided,
 )
-from mistral_trt.validate.metrics import LogitErrors, concatenate
+from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.poke import Poke, PokeResult, Question
 from mistral_trt.validate.probes import Scenario
 
 
 def errors(size: int, **columns: float) -> LogitErrors:
-    """Errors of `size` positions, zero but for the given values at the last one."""
-    arrays = {name: np.zeros(size) for name in ("max_abs", "mean_abs", "relative", "cosine", "kl")}
+    """Errors of `size` positions of text, zero but for the given values at the last one."""
+    names = ("max_abs", "mean_abs", "relative", "cosine", "kl", "nll_reference", "nll")
+    arrays = {name: np.zeros(size) for name in names}
     for name, value in columns.items():
         arrays[name][-1] = value
-    return LogitErrors(**arrays, agree=np.ones(size, bool))
+    return LogitErrors(**arrays, agree=np.ones(size, bool), scored=np.ones(size, bool))
 
 
 def scenario(name: str, found: LogitErrors, failure: str | None = None) -> ScenarioResult:
@@ -44,7 +46,9 @@ def test_every_precision_has_exact_gates_and_rounding_gates(precision: str) -> N
     names = [gate.metric for gate in gates]
     exact = ["calls_failed", "hidden_slots_seen", "visible_slots_unseen"]
     assert names[:3] == exact
-    assert {"logit_error_max", "kl_max", "top1_agreement"} <= set(names)
+    quantized = {"perplexity_ratio", "kl_mean", "top1_agreement"}
+    rounded = {"logit_error_max", "kl_max", "top1_agreement"}
+    assert (quantized if precision in QUANTIZED else rounded) <= set(names)
     assert names == sorted(names, key=list(TITLES).index)
     assert all(gate.limit == 0 and gate.bound == "at_most" for gate in gates[:3])
     assert all(len(gate.reason) > 20 for gate in gates)
@@ -105,6 +109,40 @@ def test_agreement_is_the_lowest_of_the_scenarios() -> None:
     bad.agree[1] = False
     found = measure([scenario("good", good), scenario("bad", bad)], [])
     assert found["top1_agreement"] == Measured(0.75, "bad", 4)
+
+
+def test_perplexity_is_the_worst_scenarios() -> None:
+    """Two positions whose mean is log 2 worse: ratio 2."""
+    worse = errors(2, nll=2 * np.log(2))
+    found = measure([scenario("good", errors(5)), scenario("worse", worse)], [])
+    assert found["perplexity_ratio"].value == pytest.approx(2)
+    assert found["perplexity_ratio"].where == "worse"
+    assert found["perplexity_ratio"].positions == 2
+    better = measure([scenario("a", errors(5)), scenario("b", errors(2, nll_reference=9))], [])
+    assert better["perplexity_ratio"].value == 1
+
+
+def test_of_random_tokens_perplexity_is_not_decided() -> None:
+    gates = read_gates("int8")
+    random = replace(errors(2000, nll=np.nan), scored=np.zeros(2000, bool))
+    found = measure([scenario("a", errors(2000)), scenario("b", random)], [])
+    assert found["perplexity_ratio"].positions == 0
+    assert [gate.metric for gate in undecided(gates, found)] == ["perplexity_ratio"]
+    assert "perplexity_ratio" not in {result.name for result in judge(gates, found)}
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_logits_of_the_token_before_fail_the_gate_of_perplexity(precision: str) -> None:
+    """A model that predicts its text well, and the same logits one position late."""
+    text = np.random.default_rng(0).integers(0, 97, 1200)
+    targets = np.append(text[1:], -1)
+    logits = np.random.default_rng(1).normal(size=(1200, 97)) + 5 * np.eye(97)[targets]
+    late = np.roll(logits, 1, axis=0)
+    for artifact, passed in ((logits, True), (late, False)):
+        found = measure([scenario("prefill", logit_errors(logits, artifact, targets=targets))], [])
+        gates = {result.name: result for result in judge(read_gates(precision), found)}
+        assert gates["perplexity_ratio"].measured.positions == 1199
+        assert gates["perplexity_ratio"].passed is passed
 
 
 def test_nan_hides_behind_no_larger_number() -> None:

@@ -140,6 +140,17 @@ def test_text_is_repeated_to_the_length(tmp_path: Path) -> None:
     own = text_tokens(tokenizer, TEXT, length=16_000, vocab_size=259)
     assert own.source == "text: Moby-Dick, chapters 1 and 2"
     assert len(set(own.ids)) > 50
+    assert tokens.is_text
+
+
+def test_what_should_be_predicted_is_the_next_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path))
+    text = tmp_path / "short.txt"
+    text.write_text("abc")
+    read = text_tokens(tokenizer, text, length=6, vocab_size=259)
+    assert read.targets.tolist() == [*read.ids[1:], -1]
+    random = random_tokens(length=6, vocab_size=97, seed=0)
+    assert random.targets.tolist() == [-1] * 6, "no model can predict random tokens"
 
 
 def test_text_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

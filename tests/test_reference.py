@@ -14,6 +14,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.validate import reference
 from mistral_trt.validate.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 from mistral_trt.validate.reference import (
+    Reference,
     load_model,
     require_memory,
     require_same_checkpoint,
@@ -37,11 +38,15 @@ def oracle(checkpoint: Path, window: int, tokens: list[int] = TOKENS) -> np.ndar
     return oracle_logits(read_weights(checkpoint), config, tokens=tokens, sliding_window=window)
 
 
+def read(checkpoint: Path, window: int = 8) -> Reference:
+    return run_reference(load_model(Checkpoint.open(checkpoint), sliding_window=window), TOKENS)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_huggingface_equals_the_oracle(tiny_checkpoint: Folder, shape: dict[str, object]) -> None:
     checkpoint = tiny_checkpoint(**shape)
     for window in (1, 8, 60):
-        found = run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=window)
+        found = read(checkpoint, window)
         np.testing.assert_allclose(found.logits(0, 60), oracle(checkpoint, window), atol=1e-5)
 
 
@@ -78,24 +83,26 @@ def test_norm_and_softmax_of_known_values() -> None:
 
 def test_logits_in_pieces_equal_the_whole_forward(tiny_checkpoint: Folder) -> None:
     checkpoint = tiny_checkpoint()
+    model = load_model(Checkpoint.open(checkpoint), sliding_window=8)
     with torch.inference_mode():
-        whole = (
-            load_model(Checkpoint.open(checkpoint), sliding_window=8)(torch.tensor([TOKENS]))
-            .logits[0]
-            .numpy()
-        )
-    found = run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=8)
+        whole = model(torch.tensor([TOKENS])).logits[0].numpy()
+    found = run_reference(model, TOKENS)
     pieces = np.concatenate([found.logits(0, 7), found.logits(7, 60)])
     assert pieces.dtype == np.float32
     np.testing.assert_allclose(pieces, whole, atol=2e-6)
 
 
+def test_a_forward_leaves_nothing_for_the_next(tiny_checkpoint: Folder) -> None:
+    """One model reads two sequences: each as if it were the only one."""
+    model = load_model(Checkpoint.open(tiny_checkpoint()), sliding_window=8)
+    alone = run_reference(model, TOKENS).logits(0, 60)
+    run_reference(model, TOKENS[::-1])
+    np.testing.assert_array_equal(run_reference(model, TOKENS).logits(0, 60), alone)
+
+
 def test_the_window_is_the_artifacts_not_the_checkpoints(tiny_checkpoint: Folder) -> None:
-    windowless = run_reference(
-        Checkpoint.open(tiny_checkpoint(sliding_window=None)), TOKENS, sliding_window=8
-    ).logits(0, 60)
-    windowed = run_reference(Checkpoint.open(tiny_checkpoint()), TOKENS, sliding_window=8).logits(0, 60)
-    np.testing.assert_array_equal(windowless, windowed)
+    windowless = read(tiny_checkpoint(sliding_window=None)).logits(0, 60)
+    np.testing.assert_array_equal(windowless, read(tiny_checkpoint()).logits(0, 60))
 
 
 def test_a_half_loaded_reference_is_refused(tiny_checkpoint: Folder, tmp_path: Path) -> None:
@@ -114,7 +121,7 @@ def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValidationError, match="NaN or infinity"):
-        run_reference(Checkpoint.open(checkpoint), TOKENS, sliding_window=8)
+        read(checkpoint)
 
 
 def test_another_checkpoint_is_refused(onnx_folder: Folder, tiny_checkpoint: Folder) -> None:

@@ -1,5 +1,6 @@
 """`report.json` and `report.html`: complete, whole, self-contained, safe and the same every time."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.validate import report as validate_report
 from mistral_trt.validate.gates import ScenarioResult, judge, measure, read_gates
+from mistral_trt.validate.greedy import Divergence, GreedyAgreement
 from mistral_trt.validate.metrics import LogitErrors, concatenate
-from mistral_trt.validate.plots import COLOURS, Axis, error_plot
+from mistral_trt.validate.plots import COLOURS, Axis, error_plot, sensitivity_plot
 from mistral_trt.validate.poke import Poke, PokeResult, Question
 from mistral_trt.validate.probes import probes, random_tokens, scenarios
+from mistral_trt.validate.quality import measure_quality
 from mistral_trt.validate.report import (
     HTML_NAME,
     JSON_NAME,
@@ -30,14 +34,63 @@ from tests.test_probes import CONFIG
 
 LENGTH = 60
 CONTRACT = GraphContract(CONFIG, "fp16", Ring(8, 4), 1, None)
+GREEDY = GreedyAgreement(15, 45, 41, Divergence(56, 17, 4, 0.03125))
+SENSITIVITY = [
+    {"name": f"model.layers.{i}.{kind}", "error": (i + 1) * size, "kept": i == 3 and kind == "mlp.down_proj"}
+    for i in range(4)
+    for kind, size in (("self_attn.q_proj", 0.01), ("mlp.down_proj", 0.1), ("mlp.up_proj", 0.02))
+] + [{"name": "lm_head", "error": 0.005, "kept": True}]
+QUANTIZATION: dict[str, object] = {
+    "scheme": {"precision": "int8", "weights": "int8", "activations": "int8", "block_size": None},
+    "quantized": [f"w{i}" for i in range(11)],
+    "kept": ["w11", "w12"],
+    "quantized_share": 0.93,
+    "sensitivity": SENSITIVITY,
+    "calibration": {"source": "Old speeches", "sha256": "c" * 64, "samples": 16, "tokens": 512},
+}
 
 
 def errors(size: int, scale: float) -> LogitErrors:
+    """Errors over random tokens: nothing is scored."""
     draw = np.random.default_rng(size)
     columns = {
         name: scale * draw.random(size) for name in ("max_abs", "mean_abs", "relative", "cosine", "kl")
     }
-    return LogitErrors(**columns, agree=draw.random(size) > 0.1)
+    nothing = np.full(size, np.nan)
+    agree, scored = draw.random(size) > 0.1, np.zeros(size, bool)
+    return LogitErrors(**columns, agree=agree, nll_reference=nothing, nll=nothing, scored=scored)
+
+
+def text_report(quantization: dict[str, object] | None = None) -> Report:
+    """The report of a text: mean log-likelihood log 20 by the reference, log 25 by the artifact."""
+    plain = report()
+    scored = np.arange(LENGTH) < LENGTH - 1
+    read = [
+        replace(
+            result,
+            errors=replace(
+                result.errors,
+                nll_reference=np.where(scored, np.log(20.0), np.nan),
+                nll=np.where(scored, np.log(25.0), np.nan),
+                scored=scored,
+            ),
+        )
+        for result in plain.scenarios
+    ]
+    return replace(
+        plain,
+        scenarios=tuple(read),
+        tokens=replace(plain.tokens, source="text: own.txt, 3 times over", is_text=True),
+        quality=measure_quality(read, GREEDY),
+        quantization=quantization,
+        contract=CONTRACT if quantization is None else replace(CONTRACT, precision="int8"),
+    )
+
+
+def words(found: Report) -> str:
+    """The page's text on one line, with a blank for every tag."""
+    page = re.sub(r"<style>.*?</style>|<[^>]*>", " ", render_html(found), flags=re.DOTALL)
+    return " ".join(html.unescape(page).split())
 
 
 def report(scale: float = 1e-5, **changes: object) -> Report:
@@ -58,6 +111,8 @@ def report(scale: float = 1e-5, **changes: object) -> Report:
         scenarios=results,
         pokes=pokes,
         gates=judge(read_gates("fp16"), measure(results, pokes)),
+        quality=measure_quality(results, GREEDY),
+        quantization=None,
         notes=(),
         run={
             "command": "mistral-trt validate onnx", "seed": 0, "started": "2026-01-01T00:00:00+00:00",
@@ -71,6 +126,12 @@ def report(scale: float = 1e-5, **changes: object) -> Report:
 @pytest.fixture(scope="module")
 def page() -> str:
     return render_html(report())
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all of a page's time is spent on drawing."""
+    monkeypatch.setattr(validate_report, "plots", lambda _: {})
 
 
 class _Elements(HTMLParser):
@@ -98,7 +159,7 @@ class _Elements(HTMLParser):
 
 def test_the_record_holds_everything_and_no_nan() -> None:
     found = json.loads(json.dumps(report().to_json(), allow_nan=False))
-    assert found["format_version"] == 1
+    assert found["format_version"] == 2
     assert found["verdict"] == "pass"
     assert found["artifact"]["manifest_sha256"] == "a" * 64
     assert found["reference"]["sha256"] == "b" * 64
@@ -110,6 +171,7 @@ def test_the_record_holds_everything_and_no_nan() -> None:
     for scenario in found["scenarios"]:
         assert {len(values) for values in scenario["per_position"].values()} == {LENGTH}
         assert scenario["summary"]["positions"] == LENGTH
+        assert set(scenario["per_position"]["nll"]) == {None}, "random tokens cannot be predicted"
     assert found["pokes"] == [
         {
             "call": "decode at 26", "poke": "q-W", "slots": 1, "expected": "unchanged",
@@ -145,7 +207,131 @@ def test_the_page_says_its_verdict_first(page: str) -> None:
     assert "Passed" not in failed
 
 
-def test_the_page_is_well_formed_and_ids_are_unique(page: str) -> None:
+def test_quality_is_recorded_with_its_text() -> None:
+    found = json.loads(json.dumps(text_report().to_json(), allow_nan=False))
+    quality = found["quality"]
+    assert quality["scenario"] == "prefill"
+    assert quality["tokens"] == "text: own.txt, 3 times over"
+    assert quality["positions"] == LENGTH
+    assert quality["perplexity"] == {"reference": 20, "artifact": 25, "ratio": 1.25, "positions": LENGTH - 1}
+    assert quality["kl_mean"] == found["scenarios"][0]["summary"]["kl_mean"]
+    assert quality["top1_agreement"] == found["scenarios"][0]["summary"]["top1_agreement"] < 1
+    assert quality["greedy"] == {
+        "prompt_tokens": 15, "generated": 45, "agreed": 41,
+        "diverged": {
+            "position": 56, "artifact_token": 17, "reference_token": 4, "reference_margin": 0.03125,
+        },
+    }  # fmt: skip
+    assert found["quantization"] is None
+    assert found["scenarios"][0]["summary"]["perplexity_ratio"] == 1.25
+    assert found["scenarios"][0]["per_position"]["nll"][-2:] == [3.219, None]
+
+
+def test_quality_is_of_whole_chunks_wherever_they_stand() -> None:
+    read = text_report().scenarios
+    assert measure_quality(read[::-1], GREEDY) == measure_quality(read, GREEDY)
+    assert np.isnan(measure_quality(read[1:], GREEDY).perplexity.ratio)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_of_random_tokens_no_perplexity_is_recorded_or_shown() -> None:
+    assert report().to_json()["quality"]["perplexity"] is None
+    text = words(report())
+    assert "The tokens are random, there is no text to predict, so no perplexity is given." in text
+    assert "over the reference's" not in text
+    assert "Greedy agreement 41 of 45 tokens" in text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_page_shows_quality_and_its_text() -> None:
+    text = words(text_report())
+    section = text[text.index("Quality Read:") : text.index("At the probes")]
+    assert "Read: text: own.txt, 3 times over, 60 tokens in whole chunks; 59 of them are scored" in section
+    assert "random" not in section
+    assert "Perplexity 25 the reference's 20 over the reference's 1.25" in section
+    assert "Greedy agreement 41 of 45 tokens" in section
+    assert (
+        "At position 56 it chose token 17; the reference has token 4 ahead by 0.0312 in the logit" in section
+    )
+    assert "Quantization" not in text
+    assert "calibrated" not in text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_continuation_that_never_parts_or_never_began_is_told() -> None:
+    whole = replace(text_report().quality, greedy=GreedyAgreement(15, 45, 45, None))
+    assert "would have said, all 45 tokens long." in words(report(quality=whole))
+    none = replace(whole, greedy=GreedyAgreement(15, 0, 0, None))
+    assert "the artifact said nothing." in words(report(quality=none))
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_page_and_the_record_show_what_was_quantized() -> None:
+    found = text_report(QUANTIZATION)
+    assert found.to_json()["quantization"] == QUANTIZATION
+    page = words(found)
+    text = page[page.index("Quantization Weights") : page.index("At the probes")]
+    assert "Weights in int8, activations in int8: 11 weights, which are 93 % of the linears' bytes." in text
+    assert "2 were kept in float16" in text
+    assert "The 10 worst:" in text
+    table = text[: text.index("The 10 worst:")]
+    assert table.index("model.layers.3.mlp.down_proj 0.4 kept in float16") < table.index(
+        "layers.2.mlp.down_proj 0.3"
+    )
+    assert table.count("model.layers.") == 10
+    assert "lm_head" not in table, "the least of thirteen errors"
+    assert "keeps as close to its checkpoint as int8 is asked to" in page
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_weights_alone_in_blocks_are_told() -> None:
+    scheme = {"precision": "int4", "weights": "int4", "activations": None, "block_size": 128}
+    text = words(text_report({**QUANTIZATION, "scheme": scheme}))
+    assert "Weights in int4, activations in float16, a scale for every 128 inputs: 11 weights" in text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_what_was_calibrated_on_is_named() -> None:
+    other = (
+        "This is not the text that the scales were calibrated on (Old speeches, 16 samples of 512 tokens)."
+    )
+    assert other in words(text_report(QUANTIZATION))
+    calibration = {"source": "text: own.txt", "sha256": "c" * 64, "samples": 16, "tokens": 512}
+    same = words(text_report({**QUANTIZATION, "calibration": calibration}))
+    assert "calibrated on a text of the same name (text: own.txt, 16 samples" in same
+    assert "This is not the text" not in same
+    imported = text_report({**QUANTIZATION, "calibration": None, "sensitivity": []})
+    assert "quantized elsewhere: what it was calibrated on is not recorded" in words(imported)
+    assert "worst:" not in words(imported)
+
+
+def test_the_first_numbers_are_those_of_the_gates_there_are() -> None:
+    found = text_report(QUANTIZATION)
+    names = {"fp16": ["logit_error_max", "kl_max"], "int8": ["kl_mean"]}
+    for precision, shown in names.items():
+        gates = judge(read_gates(precision), measure(found.scenarios, ()))
+        assert [gate.name for gate in replace(found, gates=gates).headlines] == shown
+    enough = [replace(gate, min_positions=1) for gate in read_gates("int8")]
+    gates = judge(enough, measure(found.scenarios, ()))
+    assert [gate.name for gate in replace(found, gates=gates).headlines] == [
+        "perplexity_ratio", "kl_mean", "top1_agreement",
+    ]  # fmt: skip
+    assert "Perplexity, over the reference's: 1.25 (at most 1.5)" in replace(found, gates=gates).verdict
+
+
+def test_the_linears_are_drawn_by_kind_in_the_order_of_the_forward_pass() -> None:
+    picture = sensitivity_plot(SENSITIVITY, name="s")
+    kinds = ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj", "lm_head"]
+    places = [picture.index(f">{kind}<") for kind in kinds]
+    assert places == sorted(places)
+    bars = re.findall(r'clip-path="[^"]*" style="fill: (var\(--\w+\))', picture)
+    assert bars.count("var(--data)") == 11
+    assert bars.count("var(--mark)") == 2, "those that were kept"
+    assert "#0102" not in picture
+
+
+def test_the_page_is_well_formed_and_ids_are_unique() -> None:
+    page = render_html(text_report(QUANTIZATION))
     elements = _Elements(page)
     assert elements.open == []
     ids = [value for _, name, value in elements.attributes if name == "id"]
@@ -180,11 +366,16 @@ def test_what_comes_from_outside_is_escaped() -> None:
             artifact={**found.artifact, "name": hostile, "folder": hostile, "versions": {hostile: hostile}},
             run={**found.run, "command": hostile},
             notes=(hostile,),
-            tokens=replace(found.tokens, source=hostile),
+            tokens=replace(found.tokens, source=hostile, is_text=True),
+            quantization={
+                **QUANTIZATION,
+                "sensitivity": [{"name": hostile, "error": 1.0, "kept": False}],
+                "calibration": {"source": hostile, "samples": 1, "tokens": 2},
+            },
         )
     )
     assert hostile not in page
-    assert page.count("&lt;script&gt;") >= 6
+    assert page.count("&lt;script&gt;") >= 9
 
 
 def test_the_same_numbers_give_the_same_bytes(page: str) -> None:
@@ -192,7 +383,9 @@ def test_the_same_numbers_give_the_same_bytes(page: str) -> None:
 
 
 def test_pictures_are_xml_without_colours_or_fonts_of_their_own() -> None:
-    for name, picture in plots(report()).items():
+    pictures = plots(text_report(QUANTIZATION))
+    assert set(pictures) == {"error", "kl", "agreement", "sensitivity"}
+    for name, picture in pictures.items():
         ElementTree.fromstring(picture)
         assert picture.startswith("<svg viewBox=")
         assert not re.search(r"#[0-9a-fA-F]{6}\b", picture), f"{name} has a colour that no theme can change"

@@ -14,7 +14,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.reference import run_reference
+from mistral_trt.validate.reference import load_model, run_reference
 from mistral_trt.validate.twin import NARROW, float32_twin, widen
 from tests.conftest import Folder
 from tests.graphs import weights_of
@@ -56,9 +56,8 @@ def test_the_twin_holds_the_same_weights_and_no_bfloat16(bf16: Path) -> None:
 
 def test_the_twin_of_a_bf16_checkpoint_gives_float32_logits(bf16: Path, tiny_checkpoint: Folder) -> None:
     """Where the checkpoint is bfloat16, nothing is rounded on the way."""
-    expected = run_reference(Checkpoint.open(tiny_checkpoint(**SHAPE)), TOKENS, sliding_window=8).logits(
-        0, len(TOKENS)
-    )
+    model = load_model(Checkpoint.open(tiny_checkpoint(**SHAPE)), sliding_window=8)
+    expected = run_reference(model, TOKENS).logits(0, len(TOKENS))
     with float32_twin(bf16 / "model.onnx", read_manifest(bf16).contract) as (path, contract):
         widened = RollingCache(OnnxRuntimeBackend(path, contract))
         found = widened.append(widened.acquire(), TOKENS, all_logits=True)

@@ -6,7 +6,8 @@ ring's arithmetic, or in the runtime. W = 8, C = 4, R = 12.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from torch import Tensor
 from mistral_trt.contract import Ring
 from mistral_trt.errors import ArtifactError, ManifestError, ValidationError
 from mistral_trt.export import decoder
+from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import Logits, RollingCache, Step
+from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate import report
+from mistral_trt.validate import comparison, report
 from mistral_trt.validate.__main__ import validate
 from mistral_trt.validate.comparison import in_words, validate_artifact
+from mistral_trt.validate.greedy import GreedyAgreement
+from mistral_trt.validate.reference import load_model
 from mistral_trt.validate.report import Report
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
@@ -283,7 +288,12 @@ def test_the_report_says_what_was_compared(
     assert found["run"]["command"].endswith("--length 100 --threads 1 --seed 3")
     assert {"torch", "transformers", "onnxruntime"} <= set(found["run"]["versions"])
     assert found["run"]["machine"]["cores"] >= 1
-    assert found["notes"] == ["Top-1 agreement is not gated: that takes 1,000 positions or more."]
+    assert found["notes"] == ["Not gated: Top-1 agreement, which takes 1,000 positions or more."]
+    assert found["quality"]["perplexity"] is None
+    assert found["quality"]["greedy"] == {
+        "prompt_tokens": 25, "generated": 64, "agreed": 64, "diverged": None,
+    }  # fmt: skip
+    assert found["quantization"] is None
 
 
 def test_a_ring_that_never_wraps_is_validated_to_its_end(
@@ -338,6 +348,142 @@ def test_the_window_that_was_exported_is_the_one_compared(reader: tuple[Path, Pa
     assert result.passed
     assert result.reference["sliding_window"] == 5
     assert result.reference["config"]["sliding_window"] == 8
+
+
+SENSITIVITY = [
+    {"name": "model.layers.0.mlp.down_proj", "error": 0.4, "kept": True},
+    {"name": "model.layers.0.mlp.up_proj", "error": 0.02, "kept": False},
+]
+QUANTIZATION = {
+    "scheme": {"precision": "int8", "weights": "int8", "activations": "int8", "block_size": None},
+    "quantized": ["model.layers.0.mlp.up_proj.weight"],
+    "kept": ["model.layers.0.mlp.down_proj.weight"],
+    "quantized_share": 0.5,
+    "sensitivity": SENSITIVITY,
+    "calibration": {"source": "Old speeches", "sha256": "c" * 64, "samples": 16, "tokens": 512},
+}
+
+
+def called_int8(folder: Path, out: Path) -> Path:
+    """A copy of an fp16 ONNX folder under the name of int8: its rings are float16, as those of int8 are."""
+    shutil.copytree(folder, out)
+    manifest = read_manifest(folder)
+    details = {**manifest.details, "quantization": QUANTIZATION}
+    replace(manifest, contract=replace(manifest.contract, precision="int8"), details=details).write(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def int8_reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An ONNX folder that says it is int8, with a tokenizer, and its checkpoint."""
+    root = tmp_path_factory.mktemp("int8")
+    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259, num_hidden_layers=1))
+    export_checkpoint(checkpoint, root / "onnx", precision="fp16", prefill_chunk=4, max_batch_size=1)
+    return called_int8(root / "onnx", root / "int8"), checkpoint
+
+
+def perplexity_of(checkpoint: Path, tokens: Sequence[int]) -> float:
+    """By Hugging Face's logits and torch's cross entropy, in float64."""
+    with torch.inference_mode():
+        model = load_model(Checkpoint.open(checkpoint), sliding_window=8)
+        logits = model(torch.tensor([list(tokens)])).logits[0].double()
+    return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:])).exp())
+
+
+def test_a_quantized_artifact_is_held_to_its_quality(int8_reader: tuple[Path, Path], tmp_path: Path) -> None:
+    result = compare(*int8_reader, tmp_path / "report", length=1100)
+    assert result.passed, result.verdict
+    assert result.notes == ()
+    gates = {gate.name: gate for gate in result.gates}
+    assert set(gates) == {
+        "calls_failed", "hidden_slots_seen", "visible_slots_unseen", "perplexity_ratio", "kl_mean",
+        "top1_agreement",
+    }  # fmt: skip
+    assert gates["perplexity_ratio"].measured.positions == 1099
+    quality = result.quality
+    assert quality.positions == 1100
+    assert quality.perplexity.reference == pytest.approx(
+        perplexity_of(int8_reader[1], result.tokens.ids), 1e-5
+    )
+    assert quality.perplexity.ratio == pytest.approx(1, abs=0.01)
+    assert quality.perplexity.ratio != 1, "float16 is not float32"
+    assert quality.kl_mean == pytest.approx(np.mean(result.scenarios[0].errors.kl))
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["quantization"] == QUANTIZATION
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "model.layers.0.mlp.down_proj" in page
+    assert "not the text that the scales were calibrated on (Old speeches" in page
+    assert "kernels for quantized linears" in found["executed"]
+    assert "±100 for keys" in page
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_of_random_tokens_a_quantized_artifact_proves_no_perplexity(
+    onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
+) -> None:
+    folder = called_int8(onnx_folder(precision="fp16"), tmp_path / "int8")
+    result = compare(folder, tiny_checkpoint(), tmp_path / "report", length=LENGTH)
+    assert result.passed
+    assert result.notes == (
+        "Not gated: Perplexity, over the reference's, which takes 1,000 positions of text or more.",
+        "Not gated: Top-1 agreement, which takes 1,000 positions or more.",
+    )
+    assert np.isnan(result.quality.perplexity.ratio)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_an_overconfident_artifact_fails_by_its_perplexity(
+    int8_reader: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times the logits put the same token first everywhere, and give the text's own much less."""
+    run = OnnxRuntimeBackend.run
+    monkeypatch.setattr(OnnxRuntimeBackend, "run", lambda self, step: 3 * run(self, step))
+    result = compare(*int8_reader, tmp_path / "report", length=1100)
+    assert {gate.name for gate in result.failed} == {"perplexity_ratio", "kl_mean"}
+    assert result.quality.perplexity.ratio > 1.5
+    assert result.quality.greedy.diverged is None
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_call_that_fails_while_generating_is_a_finding(
+    onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Position 50 is the 26th after a prompt of 25: its token was chosen, what follows was not."""
+    nan_at_a_position(monkeypatch)
+    result = compare(onnx_folder(), tiny_checkpoint(), tmp_path / "report", length=LENGTH)
+    calls = next(gate for gate in result.failed if gate.name == "calls_failed")
+    assert "greedy" in calls.measured.where.split("; ")
+    assert result.notes[0].startswith("Greedy generation stopped at a call that failed. NonFiniteLogitsError")
+    assert result.quality.greedy == GreedyAgreement(25, 26, 26, None)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_reference_and_artifact_are_never_in_memory_together(
+    onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[weakref.ref[RollingCache]] = []
+    models: list[weakref.ref[torch.nn.Module]] = []
+    events: list[tuple[str, int, int]] = []
+
+    def alive(found: Sequence[weakref.ref[Any]]) -> int:
+        return sum(ref() is not None for ref in found)
+
+    def opening(folder: Path, **options: Any) -> RollingCache:
+        events.append(("artifact", alive(caches), alive(models)))
+        cache = open_cache(folder, **options)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def loading(source: Checkpoint, **options: Any) -> torch.nn.Module:
+        events.append(("reference", alive(caches), alive(models)))
+        model = load_model(source, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(comparison, "open_cache", opening)
+    monkeypatch.setattr(comparison, "load_model", loading)
+    assert compare(onnx_folder(), tiny_checkpoint(), tmp_path / "report", length=30).passed
+    assert events == [("artifact", 0, 0), ("reference", 0, 0), ("artifact", 0, 0)]
 
 
 def test_text_without_a_tokenizer_is_refused(
@@ -420,7 +566,7 @@ def test_running_out_of_memory_is_not_a_finding(
     def full(*_: object, **__: object) -> Logits:
         raise MemoryError
 
-    for method in ("append", "snapshot"):
+    for method in ("append", "append_padded", "snapshot"):
         with monkeypatch.context() as patch:
             patch.setattr(RollingCache, method, full)
             with pytest.raises(MemoryError):

@@ -2,15 +2,17 @@
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mistral_trt.artifact import new_artifact, require_apart
+from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
@@ -22,6 +24,7 @@ from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.tokenizer import Tokenizer
 from mistral_trt.validate import gates as table
 from mistral_trt.validate.gates import ScenarioResult
+from mistral_trt.validate.greedy import GreedyAgreement, continue_greedily, greedy_agreement, split
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.probes import (
@@ -39,14 +42,16 @@ from mistral_trt.validate.probes import (
 from mistral_trt.validate.provenance import (
     describe_artifact,
     describe_execution,
-    describe_failure,
+    describe_failures,
     describe_limits,
     describe_reference,
     describe_run,
     describe_undecided,
 )
+from mistral_trt.validate.quality import measure_quality
 from mistral_trt.validate.reference import (
     Reference,
+    load_model,
     require_memory,
     require_same_checkpoint,
     run_reference,
@@ -121,19 +126,24 @@ def validate_artifact(
     return report
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was found.  failures: place outside the scenarios → why a call failed there, or None."""
+
+    scenarios: tuple[ScenarioResult, ...]
+    greedy: GreedyAgreement
+    pokes: tuple[PokeResult, ...]
+    failures: Mapping[str, str | None]
+
+
 def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> Report:
     """Everything that takes time."""
     started, clock = datetime.now(UTC), time.monotonic()
     contract, length = manifest.contract, len(tokens.ids)
-    note(f"reference: {length} positions through MistralForCausalLM, float32, eager attention")
-    expected = run_reference(source, tokens.ids, sliding_window=contract.ring.sliding_window)
-    weights = sum(weight.elements for weight in source.weights.values())
-    plans = scenarios(contract, length, weights=weights, seed=job.seed)
-    with open_artifact(job, manifest) as cache:
-        results = tuple(run_scenario(cache, plan, tokens=tokens, reference=expected) for plan in plans)
-        pokes, failure = run_pokes(cache, tokens)
     limits = table.read_gates(contract.precision)
-    measured = table.measure(results, pokes, failures=["poke"] if failure else [])
+    found = compare(job, manifest, source=source, tokens=tokens)
+    failures = {place: why for place, why in found.failures.items() if why is not None}
+    measured = table.measure(found.scenarios, found.pokes, failures=list(failures))
     return Report(
         contract=contract,
         artifact=describe_artifact(job.folder, manifest),
@@ -141,16 +151,36 @@ def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> 
         executed=describe_execution(contract),
         tokens=tokens,
         probes=tuple(probes(contract, length)),
-        scenarios=results,
-        pokes=tuple(pokes),
+        scenarios=found.scenarios,
+        pokes=found.pokes,
         gates=table.judge(limits, measured),
+        quality=measure_quality(found.scenarios, found.greedy),
+        quantization=manifest.details.get("quantization"),
         notes=tuple(
-            describe_failure(failure)
+            describe_failures(failures)
             + describe_limits(contract, length)
             + describe_undecided(table.undecided(limits, measured))
         ),
         run=describe_run(job.command, job.seed, started=started, seconds=time.monotonic() - clock),
     )
+
+
+def compare(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> Findings:
+    """Run both sides.
+
+    The artifact is opened twice, for its continuation and for the rest, with the reference loaded between:
+    the two are never in memory together.
+    """
+    contract = manifest.contract
+    weights = sum(weight.elements for weight in source.weights.values())
+    plans = scenarios(contract, len(tokens.ids), weights=weights, seed=job.seed)
+    with runnable(job, manifest) as open_artifact:
+        generated, stopped = run_greedy(open_artifact(), tokens)
+        expected, greedy = run_references(source, contract, tokens=tokens, generated=generated)
+        cache = open_artifact()
+        results = tuple(run_scenario(cache, plan, tokens=tokens, reference=expected) for plan in plans)
+        pokes, failure = run_pokes(cache, tokens)
+    return Findings(results, greedy, tuple(pokes), {"greedy": stopped, "poke": failure})
 
 
 def require_runnable(folder: Path, manifest: Manifest) -> None:
@@ -179,21 +209,48 @@ def choose_tokens(job: Job, manifest: Manifest) -> Tokens:
 
 
 @contextmanager
-def open_artifact(job: Job, manifest: Manifest) -> Iterator[RollingCache]:
-    """The cache over the artifact itself, or over its float32 twin where a CPU cannot run bfloat16."""
-    if manifest.contract.precision != "bf16":
-        yield open_cache(job.folder, threads=job.threads, trust_weights=True)
+def runnable(job: Job, manifest: Manifest) -> Iterator[Callable[[], RollingCache]]:
+    """What opens the artifact itself, or its float32 twin where a CPU cannot run bfloat16; anew each time."""
+    if manifest.contract.cache_dtype != "bfloat16":
+        yield partial(open_cache, job.folder, threads=job.threads, trust_weights=True)
         return
     note("bf16: making the float32 twin")
     with float32_twin(job.folder / GRAPH_NAME, manifest.contract) as (path, contract):
-        yield RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
+        yield lambda: RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
+
+
+def run_references(
+    source: Checkpoint, contract: GraphContract, *, tokens: Tokens, generated: Sequence[int]
+) -> tuple[Reference, GreedyAgreement]:
+    """The reference over the tokens, and what it says to the continuation; the model is gone afterwards."""
+    note(f"reference: {len(tokens.ids)} positions through MistralForCausalLM, float32, eager attention")
+    model = load_model(source, sliding_window=contract.ring.sliding_window)
+    prompt, _ = split(len(tokens.ids))
+    continued = run_reference(model, [*tokens.ids[:prompt], *generated])
+    return run_reference(model, tokens.ids), greedy_agreement(continued, generated, prompt_tokens=prompt)
+
+
+def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | None]:
+    """Let the artifact continue the beginning of the tokens. A call that raises ends it and is a finding."""
+    prompt, count = split(len(tokens.ids))
+    generated: list[int] = []
+    with track("greedy", count, unit="tokens") as advance:
+        try:
+            for token in continue_greedily(cache, tokens.ids[:prompt], count):
+                generated.append(token)
+                advance(1)
+        except MemoryError:
+            raise
+        except Exception as error:  # each backend raises classes of its own
+            return generated, in_words(error)
+    return generated, None
 
 
 def run_scenario(
     cache: RollingCache, scenario: Scenario, *, tokens: Tokens, reference: Reference
 ) -> ScenarioResult:
     """Play a scenario and compare every position. A call that raises ends it and is a finding."""
-    found, waiting, failure = [], Waiting(reference), None
+    found, waiting, failure = [], Waiting(reference, tokens.targets), None
     with track(scenario.name, len(tokens.ids), unit="positions") as advance:
         try:
             for _, logits in play(cache, scenario, tokens=tokens.ids):
@@ -210,8 +267,10 @@ def run_scenario(
 class Waiting:
     """Logits in order of position, gathered until there are enough to compare at once."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, targets: np.ndarray) -> None:
+        """targets: int64 [T], as `Tokens.targets`."""
         self._reference = reference
+        self._targets = targets
         self._start = 0
         self._logits: list[np.ndarray] = []
 
@@ -227,7 +286,8 @@ class Waiting:
             return []
         artifact = np.concatenate(self._logits)
         stop = self._start + len(artifact)
-        errors = logit_errors(self._reference.logits(self._start, stop), artifact)
+        expected, targets = self._reference.logits(self._start, stop), self._targets[self._start : stop]
+        errors = logit_errors(expected, artifact, targets=targets)
         self._start, self._logits = stop, []
         return [errors]
 

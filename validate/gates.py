@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.metrics import LogitErrors, mean, worst
+from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
 from mistral_trt.validate.poke import PokeResult
 from mistral_trt.validate.probes import Scenario
 
@@ -23,6 +23,7 @@ TITLES = {
     "kl_max": "KL divergence, largest",
     "kl_mean": "KL divergence, mean",
     "cosine_distance_max": "Cosine distance, largest",
+    "perplexity_ratio": "Perplexity, over the reference's",
     "top1_agreement": "Top-1 agreement",
 }
 """Every quantity that can be gated, in the order of the report."""
@@ -144,6 +145,7 @@ def measure(
         "kl_max": _largest(results, "kl"),
         "kl_mean": _largest_mean(results, "kl"),
         "cosine_distance_max": _largest(results, "cosine"),
+        "perplexity_ratio": _largest_ratio(results),
         "top1_agreement": _smallest_agreement(results),
     }
 
@@ -170,6 +172,13 @@ def _largest_mean(results: Sequence[ScenarioResult], metric: str) -> Measured:
     found = [(mean(result.errors, metric), result.scenario.name) for result in results]
     value, where = max(found, key=lambda pair: _order(pair[0]))
     return Measured(value, where, _positions(results))
+
+
+def _largest_ratio(results: Sequence[ScenarioResult]) -> Measured:
+    """Only positions that have a next token count: of random tokens none."""
+    found = [(perplexity(result.errors), result.scenario.name) for result in results]
+    extreme, where = max(found, key=lambda pair: _order(pair[0].ratio))
+    return Measured(extreme.ratio, where, min(scored.positions for scored, _ in found))
 
 
 def _smallest_agreement(results: Sequence[ScenarioResult]) -> Measured:

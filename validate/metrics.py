@@ -7,6 +7,9 @@ import numpy as np
 _PIECE_ELEMENTS = 1 << 17  # a piece and its intermediates stay in the processor's cache
 
 
+_FLAGS = ("agree", "scored")
+
+
 @dataclass(frozen=True)
 class LogitErrors:
     """How far the artifact is from the reference, one number per position: arrays [n]."""
@@ -23,6 +26,12 @@ class LogitErrors:
     """KL(reference || artifact) of the two next-token distributions, in nats."""
     agree: np.ndarray
     """bool: whether both put the same token first."""
+    nll_reference: np.ndarray
+    """Negative log-likelihood of the text's next token by the reference, in nats; NaN where there is none."""
+    nll: np.ndarray
+    """The same by the artifact."""
+    scored: np.ndarray
+    """bool: whether the text has a next token."""
 
     def __len__(self) -> int:
         return len(self.max_abs)
@@ -36,26 +45,44 @@ class Extreme:
     position: int | None
 
 
-def logit_errors(reference: np.ndarray, artifact: np.ndarray) -> LogitErrors:
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a text's tokens; NaN where the text has none.
+
+    ratio: the artifact's over the reference's.  positions: tokens that were scored.
+    """
+
+    reference: float
+    artifact: float
+    ratio: float
+    positions: int
+
+
+def logit_errors(reference: np.ndarray, artifact: np.ndarray, *, targets: np.ndarray) -> LogitErrors:
     """Compare logits row by row.  Both float32 [n, V]; the arithmetic is float64.
 
+    targets: int64 [n], the text's next token at each position, -1 where there is none.
     Raises ValueError if the shapes differ.
     """
     if reference.shape != artifact.shape:
         raise ValueError(f"expected logits of equal shape, found {reference.shape} and {artifact.shape}")
+    if targets.shape != reference.shape[:1]:
+        raise ValueError(f"expected a target for each of {len(reference)} positions, found {targets.shape}")
     rows = max(1, _PIECE_ELEMENTS // reference.shape[1])
-    pieces = [
-        _compare(reference[i : i + rows].astype(np.float64), artifact[i : i + rows].astype(np.float64))
-        for i in range(0, len(reference), rows)
-    ]
-    return concatenate(pieces)
+    pieces = [slice(i, i + rows) for i in range(0, len(reference), rows)]
+    return concatenate(
+        [
+            _compare(reference[p].astype(np.float64), artifact[p].astype(np.float64), targets=targets[p])
+            for p in pieces
+        ]
+    )
 
 
 def concatenate(parts: list[LogitErrors]) -> LogitErrors:
     """Join errors of consecutive positions."""
     columns = {}
     for field in fields(LogitErrors):
-        dtype = bool if field.name == "agree" else np.float64
+        dtype = bool if field.name in _FLAGS else np.float64
         columns[field.name] = np.concatenate(
             [np.empty(0, dtype), *(getattr(part, field.name) for part in parts)]
         )
@@ -77,8 +104,23 @@ def mean(errors: LogitErrors, metric: str) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def _compare(reference: np.ndarray, artifact: np.ndarray) -> LogitErrors:
-    """KL of logits a and b: sum p (a - b) - lse(a) + lse(b), where p = softmax(a)."""
+def perplexity(errors: LogitErrors) -> Perplexity:
+    """Perplexity of the text by both sides.  Mean nll_reference 2, nll 2.5: e^2, e^2.5, ratio e^0.5."""
+    positions = int(np.count_nonzero(errors.scored))
+    if not positions:
+        return Perplexity(float("nan"), float("nan"), float("nan"), 0)
+    reference = np.mean(errors.nll_reference[errors.scored])
+    artifact = np.mean(errors.nll[errors.scored])
+    with np.errstate(over="ignore"):  # infinity is a finding: no gate passes it
+        ratio = float(np.exp(artifact - reference))
+        return Perplexity(float(np.exp(reference)), float(np.exp(artifact)), ratio, positions)
+
+
+def _compare(reference: np.ndarray, artifact: np.ndarray, *, targets: np.ndarray) -> LogitErrors:
+    """KL of logits a and b: sum p (a - b) - lse(a) + lse(b), where p = softmax(a).
+
+    The negative log-likelihood of token t is lse(a) - a[t].
+    """
     size = reference.shape[1]
     difference = artifact - reference  # [n, V]
     probability, reference_lse = _exponentials(reference)  # [n, V], [n]
@@ -94,6 +136,9 @@ def _compare(reference: np.ndarray, artifact: np.ndarray) -> LogitErrors:
             cosine=1.0 - _dot(reference, artifact) / norms,
             kl=artifact_lse - reference_lse - _dot(probability, difference),
             agree=reference.argmax(axis=-1) == artifact.argmax(axis=-1),
+            nll_reference=reference_lse - _at(reference, targets),
+            nll=artifact_lse - _at(artifact, targets),
+            scored=targets >= 0,
         )
 
 
@@ -108,3 +153,9 @@ def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[n, V], [n, V] -> [n]"""
     return np.asarray(np.einsum("nv,nv->n", a, b))
+
+
+def _at(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Logits [n, V] of tokens [n] -> [n]; NaN where the token is -1"""
+    found = logits[np.arange(len(logits)), targets]
+    return np.where(targets < 0, np.nan, found)

@@ -1,4 +1,4 @@
-"""Errors at every position → SVG pictures that take their colours from the page.
+"""Errors at every position and of every linear → SVG pictures that take their colours from the page.
 
 matplotlib draws in sentinel colours, which are then replaced by the page's CSS variables, so one picture
 serves light and dark. Text stays text. The same numbers give the same bytes.
@@ -6,8 +6,9 @@ serves light and dark. Text stays text. The same numbers give the same bytes.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mistral_trt.contract import GraphContract
+from mistral_trt.export.quantization.scheme import KINDS
 from mistral_trt.validate.gates import GateResult, ScenarioResult
 from mistral_trt.validate.probes import Probe
 
@@ -37,6 +39,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MOST_TURNS, _FIRST_TURNS = 40, 5
 _WIDTH_INCHES = 8.6
 _PANEL_INCHES = 1.35
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -102,20 +105,54 @@ def agreement_plot(results: Sequence[ScenarioResult], *, axis: Axis, name: str) 
     return _svg(figure, name)
 
 
-def _panels(count: int, height: float = _PANEL_INCHES) -> tuple[Figure, list[Axes]]:
+def sensitivity_plot(sensitivity: Sequence[Mapping[str, Any]], *, name: str) -> str:
+    """One panel a kind of linear, a bar a layer: the error of quantizing it; another colour if it was kept.
+
+    sensitivity: `name`, `error` and `kept` of each linear.  One outside the layers stands after the last.
+    """
+    kinds = _kinds(sensitivity)
+    figure, panels = _panels(len(kinds), height=0.55, label="layer")
+    top = 1.1 * max(max(entry["error"] for entry in sensitivity), 1e-9)
+    last = max(layer for bars in kinds.values() for layer, _ in bars)
+    for (kind, bars), panel in zip(kinds.items(), panels, strict=True):
+        layers = [layer for layer, _ in bars]
+        colours = [MARK if entry["kept"] else DATA for _, entry in bars]
+        panel.bar(layers, [entry["error"] for _, entry in bars], width=0.75, color=colours)
+        panel.set_ylim(0, top)
+        panel.yaxis.set_major_locator(MaxNLocator(2))
+        _frame(panel, kind, (-0.6, last + 0.6))
+    return _svg(figure, name)
+
+
+def _kinds(sensitivity: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
+    """Linears by kind, with their layers: mlp.up_proj -> (0, …), (1, …); lm_head -> (L, …)."""
+    found = [(_LAYER.fullmatch(entry["name"]), entry) for entry in sensitivity]
+    after = 1 + max((int(match[1]) for match, _ in found if match), default=-1)
+    kinds: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for match, entry in found:
+        kind, layer = (match[2], int(match[1])) if match else (entry["name"], after)
+        kinds.setdefault(kind, []).append((layer, entry))
+    return {kind: kinds[kind] for kind in sorted(kinds, key=_forward)}
+
+
+def _forward(kind: str) -> tuple[int, str]:
+    """Sort key that follows the forward pass."""
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
+
+
+def _panels(count: int, height: float = _PANEL_INCHES, label: str = "position") -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH_INCHES, count * (height + 0.28) + 0.75))
     inches = figure.get_size_inches()[1]
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)
     figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.38 / inches, bottom=0.48 / inches, hspace=0.34)
     panels = list(grid[:, 0])
-    panels[-1].set_xlabel("position", color=QUIET)
+    panels[-1].set_xlabel(label, color=QUIET)
     return figure, panels
 
 
 def _dress(panel: Axes, result: ScenarioResult, axis: Axis) -> None:
     """Title, turns of the ring, shaded decode stretches, and nothing that is not needed."""
-    panel.set_xlim(0, axis.length)
-    panel.set_title(result.scenario.name, loc="left", color=INK, fontsize=9, pad=4)
+    _frame(panel, result.scenario.name, (0, axis.length))
     for position, label in axis.turns():
         ring_turn = "R" in label
         panel.axvline(position, color=RULE, linewidth=0.9, dashes=(None, None) if ring_turn else (2, 2))
@@ -123,6 +160,11 @@ def _dress(panel: Axes, result: ScenarioResult, axis: Axis) -> None:
     if 1 < len(stretches) <= _MOST_TURNS:
         for start, stop in stretches:
             panel.axvspan(start, stop, color=SHADE, linewidth=0)
+
+
+def _frame(panel: Axes, title: str, limits: tuple[float, float]) -> None:
+    panel.set_xlim(*limits)
+    panel.set_title(title, loc="left", color=INK, fontsize=9, pad=4)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -30,11 +30,26 @@ _DECODE_REACH = 8
 
 @dataclass(frozen=True)
 class Tokens:
-    """The sequence that both sides are fed.  ids: T token ids.  sha256: of the ids as little-endian int64."""
+    """The sequence that both sides are fed.
+
+    ids: T token ids.  sha256: of the ids as little-endian int64.  is_text: whether it can be predicted;
+    random tokens cannot.
+    """
 
     ids: tuple[int, ...]
     source: str
     sha256: str
+    is_text: bool
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The token that a model should predict at each position, int64 [T]; -1 where there is none.
+
+        Text 5 9 7 -> 9 7 -1; random tokens -> -1 -1 -1.
+        """
+        if not self.is_text:
+            return np.full(len(self.ids), -1)
+        return np.array([*self.ids[1:], -1])
 
 
 @dataclass(frozen=True)
@@ -114,17 +129,18 @@ def text_tokens(tokenizer: Tokenizer, path: Path, *, length: int, vocab_size: in
     repeats = -(-length // len(ids))
     name = "Moby-Dick, chapters 1 and 2" if path == TEXT else path.name
     again = f", {repeats} times over" if repeats > 1 else ""
-    return _tokens((ids * repeats)[:length], f"text: {name}{again}")
+    return _tokens((ids * repeats)[:length], f"text: {name}{again}", is_text=True)
 
 
 def random_tokens(*, length: int, vocab_size: int, seed: int) -> Tokens:
     """Uniform random tokens, the same for the same seed."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, length)
-    return _tokens(ids.tolist(), f"random tokens, seed {seed}")
+    return _tokens(ids.tolist(), f"random tokens, seed {seed}", is_text=False)
 
 
-def _tokens(ids: Sequence[int], source: str) -> Tokens:
-    return Tokens(tuple(ids), source, hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest())
+def _tokens(ids: Sequence[int], source: str, *, is_text: bool) -> Tokens:
+    sha256 = hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()
+    return Tokens(tuple(ids), source, sha256, is_text)
 
 
 def probes(contract: GraphContract, length: int) -> list[Probe]:

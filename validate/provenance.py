@@ -2,12 +2,12 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.contract import GraphContract
+from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
 from mistral_trt.validate.gates import TITLES, Gate
@@ -47,18 +47,24 @@ def describe_execution(contract: GraphContract) -> str:
     """What ran and what did not, in words for the report."""
     runtime = f"ONNX Runtime {tool_versions('onnxruntime').get('onnxruntime', '')}"
     engine = "No TensorRT engine was executed: that takes the GPU it was built for."
-    if contract.precision == "bf16":
+    if contract.cache_dtype == "bfloat16":
         return (
             f"A float32 twin of the ONNX graph ran in {runtime} on the CPU: the same graph over the same "
             "weight bytes, widened to float32, because ONNX Runtime has no bfloat16 kernels there. The "
             f"rounding of bfloat16 activations is therefore not part of these numbers. {engine}"
         )
+    if contract.precision in QUANTIZED:
+        return (
+            f"The ONNX graph ran in {runtime} on the CPU, with its kernels for quantized linears; TensorRT "
+            f"has its own. {engine}"
+        )
     return f"The ONNX graph ran in {runtime} on the CPU. {engine}"
 
 
-def describe_failure(failure: str | None) -> list[str]:
-    """Why the poke probe stopped, if it did."""
-    return [] if failure is None else [f"The poke probe stopped at a call that failed. {failure}"]
+def describe_failures(failures: Mapping[str, str]) -> list[str]:
+    """What stopped outside the scenarios, and why.  failures: "greedy" or "poke" → the error in words."""
+    names = {"greedy": "Greedy generation", "poke": "The poke probe"}
+    return [f"{names[place]} stopped at a call that failed. {why}" for place, why in failures.items()]
 
 
 def describe_limits(contract: GraphContract, length: int) -> list[str]:
@@ -85,7 +91,8 @@ def describe_limits(contract: GraphContract, length: int) -> list[str]:
 
 def describe_undecided(gates: Sequence[Gate]) -> list[str]:
     return [
-        f"{TITLES[gate.metric]} is not gated: that takes {gate.min_positions:,} positions or more."
+        f"Not gated: {TITLES[gate.metric]}, which takes {gate.min_positions:,} positions"
+        f"{' of text' if gate.metric == 'perplexity_ratio' else ''} or more."
         for gate in gates
     ]
 

@@ -43,37 +43,36 @@ class Reference:
         return logits
 
 
-def run_reference(source: Checkpoint, tokens: Sequence[int], *, sliding_window: int) -> Reference:
-    """One teacher-forced forward over all tokens.
+def run_reference(model: MistralForCausalLM, tokens: Sequence[int]) -> Reference:
+    """One teacher-forced forward over all tokens; of the model, the result keeps the head alone.
 
-    sliding_window: W, the query's own token included, whatever config.json says.
-    Raises ValidationError if the checkpoint does not load whole or needs more memory than there is.
+    Raises ValidationError if what it gives is not finite.
     """
-    model = load_model(source, sliding_window=sliding_window)
     with torch.inference_mode():
         input_ids = torch.tensor([list(tokens)])  # [1, T]
         hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0]  # [T, hidden_size]
         head = model.lm_head.weight.detach()  # [V, hidden_size]
     if not torch.isfinite(hidden).all():
-        raise ValidationError(
-            f"{source.folder}: the reference itself gives NaN or infinity; it proves nothing"
-        )
+        raise ValidationError("the checkpoint itself gives NaN or infinity in float32; it proves nothing")
     return Reference(hidden, head)
 
 
 def load_model(source: Checkpoint, *, sliding_window: int) -> MistralForCausalLM:
     """The checkpoint in Hugging Face's class: float32, eager, no code and nothing from the network.
 
+    sliding_window: W, the query's own token included, whatever config.json says.
     Raises ValidationError if it does not load whole.
     """
-    load = _load_mistral if source.format == "mistral" else _load_hugging_face
+    ours = source.format == "mistral" or source.stored_quantization is not None
+    load = _load_through_our_reader if ours else _load_hugging_face
     with quiet_transformers():
         model = load(source, sliding_window)
         return _merge(model, source.adapters) if source.adapters else model
 
 
-def _load_mistral(source: Checkpoint, sliding_window: int) -> MistralForCausalLM:
-    """transformers does not read Mistral's own format: the weights come through our reader of it."""
+def _load_through_our_reader(source: Checkpoint, sliding_window: int) -> MistralForCausalLM:
+    """What transformers does not read by itself: Mistral's own format, and quantized weights, which are
+    multiplied by their scales."""
     base = Checkpoint.open(source.folder) if source.adapters else source
     settings = {**base.config.to_json(), "sliding_window": sliding_window}
     model: Any = MistralForCausalLM(MistralConfig(**settings))

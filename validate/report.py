@@ -1,12 +1,12 @@
 """Results of a validation → `report.json` for machines and a self-contained `report.html` for people.
 
-`report.json` is the record (format_version 1); the page is drawn from the same values. Neither loads
+`report.json` is the record (format_version 2); the page is drawn from the same values. Neither loads
 anything from a network.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,20 @@ from markupsafe import Markup
 from mistral_trt.artifact import write_file
 from mistral_trt.contract import GraphContract
 from mistral_trt.validate.gates import GateResult, ScenarioResult
-from mistral_trt.validate.metrics import LogitErrors, mean, worst
-from mistral_trt.validate.plots import Axis, agreement_plot, error_plot
+from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
+from mistral_trt.validate.plots import Axis, agreement_plot, error_plot, sensitivity_plot
 from mistral_trt.validate.poke import PokeResult
 from mistral_trt.validate.probes import Probe, Tokens
+from mistral_trt.validate.quality import READING, Quality, calibration_remark
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _DIGITS = 4
+_WORST_LINEARS = 10
+_HEADLINES = (("perplexity_ratio", "logit_error_max"), ("kl_max", "kl_mean"), ("top1_agreement",))
+"""What a verdict and the head of the page show: of each group the first that is gated."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -35,6 +39,7 @@ class Report:
     """Everything a validation found.
 
     artifact, reference: what was compared, by hash.  executed: what ran, and what did not.
+    quantization: details.quantization of the artifact's manifest, None where nothing is quantized.
     run: the command, versions, machine, duration.  notes: what a reader has to know beside the numbers.
     """
 
@@ -47,6 +52,8 @@ class Report:
     scenarios: tuple[ScenarioResult, ...]
     pokes: tuple[PokeResult, ...]
     gates: tuple[GateResult, ...]
+    quality: Quality
+    quantization: Mapping[str, Any] | None
     notes: tuple[str, ...]
     run: Mapping[str, Any]
 
@@ -57,6 +64,13 @@ class Report:
     @property
     def failed(self) -> list[GateResult]:
         return [gate for gate in self.gates if not gate.passed]
+
+    @property
+    def headlines(self) -> list[GateResult]:
+        """The gates that are shown first."""
+        gates = {gate.name: gate for gate in self.gates}
+        found = [next((gates[name] for name in group if name in gates), None) for group in _HEADLINES]
+        return [gate for gate in found if gate is not None]
 
     @property
     def positions(self) -> int:
@@ -70,8 +84,7 @@ class Report:
         if self.failed:
             found = "; ".join(describe(gate) for gate in self.failed)
             return f"FAIL {name}: {len(self.failed)} of {len(self.gates)} gates failed: {found}"
-        shown = [gate for gate in self.gates if gate.name in ("logit_error_max", "kl_max")]
-        found = "; ".join(describe(gate) for gate in shown)
+        found = "; ".join(describe(gate) for gate in self.headlines)
         short = self.contract.wraps and len(self.tokens.ids) <= self.contract.ring.capacity
         unseen = " (the ring never turned)" if short else ""
         gates = f"{len(self.gates)} gates hold over {self.positions:,} positions{unseen}"
@@ -93,6 +106,8 @@ class Report:
             },
             "notes": list(self.notes),
             "gates": [gate_json(gate) for gate in self.gates],
+            "quality": quality_json(self.quality, self.tokens),
+            "quantization": None if self.quantization is None else dict(self.quantization),
             "probes": [asdict(probe) for probe in self.probes],
             "scenarios": [scenario_json(result) for result in self.scenarios],
             "pokes": [poke_json(result) for result in self.pokes],
@@ -120,13 +135,27 @@ def gate_json(result: GateResult) -> dict[str, Any]:
     }
 
 
+def quality_json(quality: Quality, tokens: Tokens) -> dict[str, Any]:
+    """The figures, and the text they are of; no perplexity of random tokens."""
+    found = {name: number(value) for name, value in asdict(quality.perplexity).items()}
+    return {
+        "scenario": READING,
+        "tokens": tokens.source,
+        "positions": quality.positions,
+        "perplexity": found if tokens.is_text else None,
+        "kl_mean": number(quality.kl_mean),
+        "top1_agreement": number(quality.top1_agreement),
+        "greedy": asdict(quality.greedy),
+    }
+
+
 def scenario_json(result: ScenarioResult) -> dict[str, Any]:
     """Summary and per-position arrays of one scenario; position i is the i-th entry of each array."""
     errors = result.errors
     arrays = {
         field.name: [number(value) for value in getattr(errors, field.name)]
         for field in fields(LogitErrors)
-        if field.name != "agree"
+        if field.name not in ("agree", "scored")
     }
     return {
         "name": result.scenario.name,
@@ -148,6 +177,7 @@ def summary(errors: LogitErrors) -> dict[str, Any]:
         "cosine_distance_max": number(worst(errors, "cosine").value),
         "kl_max": number(worst(errors, "kl").value),
         "kl_mean": number(mean(errors, "kl")),
+        "perplexity_ratio": number(perplexity(errors).ratio),
         "top1_agreement": number(mean(errors, "agree")),
     }
 
@@ -193,7 +223,20 @@ def render_html(report: Report) -> str:
     )
     environment.filters |= {"figure": figure}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, plots=plots(report), summary=summary, calls=calls(report))
+    return template.render(
+        report=report,
+        plots=plots(report),
+        summary=summary,
+        calls=calls(report),
+        calibration=calibration_remark(report.quantization, report.tokens),
+        worst_linears=sensitivity(report)[:_WORST_LINEARS],
+    )
+
+
+def sensitivity(report: Report) -> list[Mapping[str, Any]]:
+    """Name, error and whether it was kept of each linear that was calibrated, worst first."""
+    found = [] if report.quantization is None else report.quantization["sensitivity"]
+    return sorted(found, key=lambda entry: -entry["error"])
 
 
 def calls(report: Report) -> list[tuple[str, list[PokeResult]]]:
@@ -206,17 +249,21 @@ def calls(report: Report) -> list[tuple[str, list[PokeResult]]]:
 
 def plots(report: Report) -> dict[str, Markup]:
     """The pictures of the page, by name, without the scenarios that never gave a position."""
+    found = sensitivity(report)
+    pictures = {"sensitivity": sensitivity_plot(found, name="sensitivity")} if found else {}
     shown = [result for result in report.scenarios if len(result.errors)]
-    if not shown:
-        return {}
+    if shown:
+        pictures |= position_plots(report, shown)
+    return {name: Markup(picture) for name, picture in pictures.items()}
+
+
+def position_plots(report: Report, shown: Sequence[ScenarioResult]) -> dict[str, str]:
     axis = Axis(report.contract, len(report.tokens.ids), report.probes)
     limits = {gate.name: gate for gate in report.gates}
-    error = error_plot(shown, "max_abs", axis=axis, limit=limits.get("logit_error_max"), name="error")
-    kl = error_plot(shown, "kl", axis=axis, limit=limits.get("kl_max"), name="kl")
     return {
-        "error": Markup(error),
-        "kl": Markup(kl),
-        "agreement": Markup(agreement_plot(shown, axis=axis, name="agreement")),
+        "error": error_plot(shown, "max_abs", axis=axis, limit=limits.get("logit_error_max"), name="error"),
+        "kl": error_plot(shown, "kl", axis=axis, limit=limits.get("kl_max"), name="kl"),
+        "agreement": agreement_plot(shown, axis=axis, name="agreement"),
     }
 
 

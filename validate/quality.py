@@ -1,0 +1,49 @@
+"""Errors over the text and a greedy continuation → how well the artifact writes, in a few figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_trt.validate.gates import ScenarioResult
+from mistral_trt.validate.greedy import GreedyAgreement
+from mistral_trt.validate.metrics import Perplexity, concatenate, mean, perplexity
+from mistral_trt.validate.probes import Tokens
+
+READING = "prefill"
+"""The scenario that is read for quality: every position once, in whole chunks."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What rounding and quantization cost over a text.
+
+    positions: of the scenario, as far as it came.  perplexity: all NaN over random tokens.
+    """
+
+    positions: int
+    perplexity: Perplexity
+    kl_mean: float
+    top1_agreement: float
+    greedy: GreedyAgreement
+
+
+def measure_quality(results: Sequence[ScenarioResult], greedy: GreedyAgreement) -> Quality:
+    """The figures of the scenario that reads whole chunks; NaN where it gave none."""
+    read = next((r.errors for r in results if r.scenario.name == READING), concatenate([]))
+    return Quality(len(read), perplexity(read), mean(read, "kl"), mean(read, "agree"), greedy)
+
+
+def calibration_remark(quantization: Mapping[str, Any] | None, tokens: Tokens) -> str | None:
+    """Whether the scales were calibrated on this text, as far as names tell; None without scales or text."""
+    if quantization is None or not tokens.is_text:
+        return None
+    found = quantization["calibration"]
+    if found is None:
+        return "The checkpoint was quantized elsewhere: what it was calibrated on is not recorded."
+    same = tokens.source == found["source"] or tokens.source.startswith(f"{found['source']}, ")
+    on = f"{found['source']}, {found['samples']:,} samples of {found['tokens']:,} tokens"
+    if same:
+        return (
+            f"The scales were calibrated on a text of the same name ({on}): if it is this one, they flatter."
+        )
+    return f"This is not the text that the scales were calibrated on ({on})."
