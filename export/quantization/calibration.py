@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral_trt.errors import CalibrationError
-from mistral_trt.export.quantization.layers import LayerStream, batches
+from mistral_trt.export.quantization.layers import LayerStream, batches, first_tokens
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import KINDS, LM_HEAD_MODULE, Scheme, linear_names, quiet_modelopt
 from mistral_trt.export.quantization.store import CalibrationStore
@@ -93,11 +93,6 @@ def calibrate_layer(
         )
     measured = _measure(modules, lambda: stream.run(layer, some))
     return {name: _scales(modules[name], own.get(name), *measured[name]) for name in modules}, out
-
-
-def first_tokens(hidden: Tensor, count: int) -> Tensor:
-    """The first samples [n, T, …] that have `count` tokens together, or the beginning of the first one."""
-    return hidden[: max(1, count // hidden.shape[1]), :count]
 
 
 def calibrate_head(stream: LayerStream, hidden: Tensor, scheme: Scheme) -> LinearScales:

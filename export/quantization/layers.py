@@ -97,6 +97,11 @@ def window_mask(length: int, sliding_window: int) -> Tensor:
     return ((key <= query) & (key > query - sliding_window))[None, None]
 
 
+def first_tokens(samples: Tensor, count: int) -> Tensor:
+    """The first samples [n, T, …] that have `count` tokens together, or the beginning of the first one."""
+    return samples[: max(1, count // samples.shape[1]), :count]
+
+
 def batches(hidden: Tensor) -> Iterator[Tensor]:
     """Samples [n, T, …] in groups of about TOKENS_AT_ONCE tokens."""
     return iter(torch.split(hidden, max(1, TOKENS_AT_ONCE // hidden.shape[1])))

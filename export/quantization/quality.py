@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mistral_trt.export.conversion import Weight
 from mistral_trt.export.quantization.codes import input_scale, weight_codes, weight_scale
-from mistral_trt.export.quantization.layers import LayerStream
+from mistral_trt.export.quantization.layers import LayerStream, first_tokens
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import LM_HEAD_MODULE, Scheme
 from mistral_trt.export.quantization.settings import Budget
@@ -23,6 +23,12 @@ from mistral_trt.export.quantization.tensors import weight_of
 from mistral_trt.progress import note, track
 
 MEASURED_TOKENS = 2048
+"""Tokens that a choice of kept linears is measured on."""
+
+RANKED_TOKENS = 512
+RANKED_LINEARS = 48
+"""Tokens, and linears, whose harm is measured one by one."""
+
 _AT_ONCE = 8
 _ROWS_AT_ONCE = 256
 
@@ -99,10 +105,12 @@ def measure(
         for i in range(layers):
             layer = stream.layer(i)
             linears = _wrap(layer, f"model.layers.{i}.", scales, scheme)
+            before = hidden[0]
             for k, kept in enumerate([None, *choices]):
                 for name, linear in linears.items():
                     linear.quantized = kept is not None and name not in kept
-                hidden[k] = stream.run(layer, hidden[k])
+                untouched = hidden[k] is before and not any(one.quantized for one in linears.values())
+                hidden[k] = hidden[0] if k and untouched else stream.run(layer, hidden[k])
             advance(1)
         return _compare(stream, ids, hidden, scales, scheme, choices)
 
@@ -116,13 +124,13 @@ def choose_kept(
     always: Collection[str],
     budget: Budget,
 ) -> tuple[list[str], list[Point]]:
-    """The fewest linears, worst output error first, that must stay float16, and all points measured.
+    """The fewest linears, most harmful first, that must stay float16, and all points measured.
 
     always: linears that are kept whatever they cost.  Two passes: one over the whole range, one between the
     last choice that is not good enough and the first that is.
     """
-    ranked = [name for name in by_error(scales) if name not in always]
-    ids = ids[: max(1, MEASURED_TOKENS // ids.shape[1])]
+    ranked = by_harm(stream, first_tokens(ids, RANKED_TOKENS), scales, scheme, always=always)
+    ids = first_tokens(ids, MEASURED_TOKENS)
     points: dict[int, Point] = {}
     low, high = -1, len(ranked)
     for counts in (_spread(0, high), None):
@@ -145,6 +153,26 @@ def choose_kept(
 def by_error(scales: Mapping[str, LinearScales]) -> list[str]:
     """Module names, largest output error first."""
     return sorted(scales, key=lambda name: (-float(scales[name].error), name))
+
+
+def by_harm(
+    stream: LayerStream,
+    ids: Tensor,
+    scales: Mapping[str, LinearScales],
+    scheme: Scheme,
+    *,
+    always: Collection[str],
+) -> list[str]:
+    """Module names without those of `always`, most harmful first.
+
+    Of the linears with the largest output errors, the divergence is measured that each causes when it alone
+    is quantized: the same error does more harm in one place than in another. The others follow by error.
+    """
+    names = [name for name in by_error(scales) if name not in always]
+    candidates, others = names[:RANKED_LINEARS], names[RANKED_LINEARS:]
+    alone = [set(scales) - {name} for name in candidates]
+    points = dict(zip(candidates, measure(stream, ids, scales, scheme, alone), strict=True))
+    return sorted(candidates, key=lambda name: -points[name].kl) + others
 
 
 def _spread(low: int, high: int) -> list[int]:
