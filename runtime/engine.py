@@ -158,12 +158,20 @@ class Engine:
         return Output(text, tuple(request.tokens), request.finish_reason)
 
 
-def open_cache(folder: Path, *, threads: int | None = None, trust_weights: bool = False) -> RollingCache:
-    """The rolling cache alone, for callers that feed tokens and read logits themselves."""
-    return _open_backend(folder, read_manifest(folder, check_files=not trust_weights), threads)
+def open_cache(
+    folder: Path, *, threads: int | None = None, trust_weights: bool = False, exact: bool = False
+) -> RollingCache:
+    """The rolling cache alone, for callers that feed tokens and read logits themselves.
+
+    exact: see `OnnxRuntimeBackend`.
+    """
+    manifest = read_manifest(folder, check_files=not trust_weights)
+    return _open_backend(folder, manifest, threads, exact=exact)
 
 
-def _open_backend(folder: Path, manifest: Manifest, threads: int | None) -> RollingCache:
+def _open_backend(
+    folder: Path, manifest: Manifest, threads: int | None, *, exact: bool = False
+) -> RollingCache:
     if manifest.stage == "engine":
         gpu = manifest.details.get("gpu_name", "a GPU")
         raise EngineMismatchError(
@@ -171,4 +179,5 @@ def _open_backend(folder: Path, manifest: Manifest, threads: int | None) -> Roll
             "not execute them. Run the ONNX folder it was built from, or the engine with TensorRT's own tools"
         )
     module = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
-    return RollingCache(module.OnnxRuntimeBackend(folder / GRAPH_NAME, manifest.contract, threads=threads))
+    backend = module.OnnxRuntimeBackend(folder / GRAPH_NAME, manifest.contract, threads=threads, exact=exact)
+    return RollingCache(backend)

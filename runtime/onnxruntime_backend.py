@@ -18,18 +18,22 @@ from mistral_trt.runtime.cache import Logits, RingArray, Step
 class OnnxRuntimeBackend:
     """One session and the rings of max_batch_size rows.
 
-    threads: ONNX Runtime's intra-op threads, None for its own choice.
+    threads: ONNX Runtime's intra-op threads, None for its own choice.  exact: compute what the graph says,
+    with weights dequantized once into float32, instead of ONNX Runtime's quantized kernels: those round the
+    inputs of int4 and int8-weight-only linears to INT8 as well.  fp8, for which it has none, is always so.
     Raises EngineMismatchError for a graph that ONNX Runtime cannot run here.
     """
 
-    def __init__(self, model_path: Path, contract: GraphContract, *, threads: int | None = None) -> None:
+    def __init__(
+        self, model_path: Path, contract: GraphContract, *, threads: int | None = None, exact: bool = False
+    ) -> None:
         if contract.precision == "bf16":
             raise EngineMismatchError(
                 "ONNX Runtime has no bfloat16 kernels for the CPU, so a bf16 ONNX folder cannot run here; "
                 "build an engine from it, or export with --precision fp16 or fp32 to run on a CPU"
             )
         self.contract = contract
-        self._session = open_session(model_path, threads)
+        self._session = open_session(model_path, threads, dequantize=exact or contract.precision == "fp8")
         self._check_names()
         rows, dtype = contract.max_batch_size, np.dtype(contract.cache_dtype)
         self._rings = [np.zeros((rows, *_sizes(spec.shape[1:])), dtype) for spec in contract.past()]
@@ -79,12 +83,18 @@ class OnnxRuntimeBackend:
             )
 
 
-def open_session(model_path: Path, threads: int | None) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session. Raises EngineMismatchError if the graph cannot be loaded."""
+def open_session(model_path: Path, threads: int | None, *, dequantize: bool = False) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session.
+
+    dequantize: turn quantized weights into float32 when the graph is loaded.
+    Raises EngineMismatchError if the graph cannot be loaded.
+    """
     if threads is not None and threads < 1:
         raise EngineMismatchError(f"threads must be at least 1, found {threads}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if dequantize:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -212,7 +212,7 @@ def choose_tokens(job: Job, manifest: Manifest) -> Tokens:
 def runnable(job: Job, manifest: Manifest) -> Iterator[Callable[[], RollingCache]]:
     """What opens the artifact itself, or its float32 twin where a CPU cannot run bfloat16; anew each time."""
     if manifest.contract.cache_dtype != "bfloat16":
-        yield partial(open_cache, job.folder, threads=job.threads, trust_weights=True)
+        yield partial(open_cache, job.folder, threads=job.threads, trust_weights=True, exact=True)
         return
     note("bf16: making the float32 twin")
     with float32_twin(job.folder / GRAPH_NAME, manifest.contract) as (path, contract):

@@ -58,7 +58,13 @@ def describe_execution(contract: GraphContract) -> str:
             f"The ONNX graph ran in {runtime} on the CPU, with its kernels for quantized linears; TensorRT "
             f"has its own. {engine}"
         )
-    return f"The ONNX graph ran in {runtime} on the CPU. {engine}"
+    dequantized = (
+        " Its quantized weights were dequantized when it was loaded, for the numbers to be the graph's: ONNX "
+        "Runtime's own INT4 and INT8 kernels also round what the graph does not."
+        if contract.precision in QUANTIZED
+        else ""
+    )
+    return f"The ONNX graph ran in {runtime} on the CPU.{dequantized} {engine}"
 
 
 def describe_failures(failures: Mapping[str, str]) -> list[str]:

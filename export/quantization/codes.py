@@ -35,7 +35,9 @@ def _codes(blocks: Tensor, amax: Tensor, scheme: Scheme) -> Tensor:
         usable = torch.where(amax <= _NEGLIGIBLE, torch.ones_like(amax), amax)
         scaled = (blocks * (scheme.bound / usable)).clamp_(-scheme.bound, scheme.bound)
         return scaled.to(torch.float8_e4m3fn)
-    factor = torch.where(amax <= _NEGLIGIBLE, torch.zeros_like(amax), scheme.bound / amax)
+    # Tensor over tensor: torch computes a number over a tensor as its reciprocal times the number.
+    steps = torch.tensor(scheme.bound) / amax
+    factor = torch.where(amax <= _NEGLIGIBLE, torch.zeros_like(amax), steps)
     return (blocks * factor).round_().clamp_(-scheme.bound - 1, scheme.bound).to(torch.int8)
 
 
