@@ -1,12 +1,13 @@
 """Decode graph with float16 linears → the same graph with Q/DQ nodes around the quantized ones.
 
-Each form is one that TensorRT keeps small and that ONNX Runtime fuses into its quantized kernels. All of
-them hold the weight as [in, out], symmetric, with constant scales and zero points of 0:
+Each form is one that TensorRT keeps small and that ONNX Runtime fuses into its quantized kernels, where it has
+one. All of them hold the weight as [in, out], symmetric, with constant scales and zero points of 0:
 
-    int8              QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)) between Casts to float32
+    int8, fp8         QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)) between Casts to float32
     int8-weight-only  MatMul(DequantizeLinear(W)), a scale for each output channel
     int4              MatMul(DequantizeLinear(W)), a scale for each block of input features
-    fp8               QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)), one scale each
+
+int8 is fused with float32 scales only; in fp8, a scale rounded to float16 would shift every code's grid.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from mistral_trt.export.weights import onnx_dtype
 
 
 def scale_dtype(scheme: Scheme) -> str:
-    """Dtype of the graph's scales, and with it of the MatMul: INT8 x INT8 is fused in float32 only."""
-    return "float32" if scheme.activations == "int8" else "float16"
+    """Dtype of the graph's scales, and with it of the MatMul."""
+    return "float32" if scheme.activations is not None else "float16"
 
 
 def scale_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, ...]:
