@@ -1,5 +1,6 @@
 """ONNX graphs made by hand for the tests, and the weights of an exported one."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,42 @@ def check_weights(folder: Path, checkpoint: Path, precision: str) -> None:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fill_weights(model: ir.Model) -> None:
+    """Give every initializer without a value random numbers that depend on its name; scales are small."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        assert value.dtype is not None and value.shape is not None
+        random, shape = np.random.default_rng(zlib.crc32(name.encode())), value.shape.numpy()
+        if value.dtype in (ir.DataType.INT8, ir.DataType.INT4):
+            numbers: np.ndarray = random.integers(-7, 8, shape)
+        elif "scale" in name:
+            numbers = random.uniform(1e-3, 2e-3, shape)
+        else:
+            numbers = random.normal(size=shape)
+        array = np.asarray(numbers).astype(value.dtype.numpy())
+        value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
+
+
+def initializers_of(folder: Path) -> dict[str, onnx.TensorProto]:
+    """The initializers of an ONNX folder with their bytes, those in other files included."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    for initializer in graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in initializer.external_data}
+            with (folder / place["location"]).open("rb") as file:
+                file.seek(int(place["offset"]))
+                initializer.raw_data = file.read(int(place["length"]))
+            initializer.data_location = onnx.TensorProto.DEFAULT
+            del initializer.external_data[:]
+    return {initializer.name: initializer for initializer in graph.initializer}
+
+
+def numbers_of(folder: Path) -> dict[str, np.ndarray]:
+    """The same as arrays that onnx makes of them; codes and floats alike in float32."""
+    return {
+        name: onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        for name, tensor in initializers_of(folder).items()
+    }

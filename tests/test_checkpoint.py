@@ -300,7 +300,7 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "wrong shape": (with_tensors(**{NORM: torch.ones(63)}), "shape [64], found [63]"),
     "transposed": (with_tensors(**{HEAD: torch.ones(64, 97)}), "shape [97, 64], found [64, 97]"),
     "one dimension more": (with_tensors(**{NORM: torch.ones(1, 64)}), "found [1, 64]"),
-    "quantized tensor": (quantized, "found I8 (quantized checkpoints are not supported"),
+    "quantized tensor": (quantized, "found I8 (a quantized checkpoint says how"),
     "float64 tensor": (with_tensors(**{NORM: torch.ones(64).double()}), "bfloat16, found F64"),
     "tied, another head": (tied_apart, "tie_word_embeddings is true, but lm_head.weight differs"),
     "tied, head misshapen": (tied_but_misshapen, "to use both, set it to false in config.json"),
@@ -312,6 +312,7 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "index names a root path": (edit_index(**{NORM: "/etc/passwd"}), "is not a plain name"),
     "index names null": (edit_index(**{NORM: 5}), "'5' is not a plain name of a safetensors file"),
     "missing shard": (without_shard, "model-00002-of-00002.safetensors is missing; model.safete"),
+    "quantized nobody knows how": (with_config(quantization_config={}), "config.json, quantization_config: "),
     "tensor not in its shard": (edit_index(x="model-00001-of-00002.safetensors"), "not hold 'x'"),
     "tensor not in the index": (edit_index(**{NORM: None}), f"holds '{NORM}', which {INDEX}"),
 }  # fmt: skip
@@ -319,7 +320,6 @@ UNSUPPORTED: dict[str, tuple[Make, str]] = {
     "another model": (with_config(model_type="llama"), "model_type must be 'mistral', found 'llama'"),
     "biases": (with_config(attention_bias=True), "attention_bias = True is not supported"),
     "scaled rotary": (with_config(rope_scaling={"factor": 2}), "(scaled rotary embeddings)"),
-    "already quantized": (with_config(quantization_config={}), "(a checkpoint that is already quant"),
     "no window named": (without("sliding_window"), "'sliding_window' is missing"),
     "two rope_theta": (with_config(rope_theta=1e6), "1000000.0 at the top and 10000.0 in rope_para"),
 }  # fmt: skip

@@ -193,7 +193,10 @@ def test_profiles_cover_decode_and_prefill() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"precision": "fp64"}, r"precision must be one of \['bf16', 'fp16', 'fp32'\], found 'fp64'"),
+        (
+            {"precision": "fp64"},
+            "precision must be one of .*'bf16', 'fp16', 'fp32', .*'int8-weight-only'.*, found 'fp64'",
+        ),
         ({"max_batch_size": 0}, "max_batch_size must be a positive integer, found 0"),
         ({"max_batch_size": True}, "max_batch_size must be a positive integer, found True"),
         ({"max_batch_size": "4"}, "max_batch_size must be a positive integer, found '4'"),

@@ -1,6 +1,6 @@
 """Decode graph with float16 linears → the same graph with Q/DQ nodes around the quantized ones.
 
-Each form is one that TensorRT keeps small and that ONNX Runtime fuses into its quantized kernels, where it has
+Each form is one that TensorRT keeps small and that ONNX Runtime fuses into its kernels, where it has
 one. All of them hold the weight as [in, out], symmetric, with constant scales and zero points of 0:
 
     int8, fp8         QuantizeLinear → DequantizeLinear → MatMul(DequantizeLinear(W)) between Casts to float32

@@ -26,8 +26,8 @@ MEASURED_TOKENS = 2048
 """Tokens that a choice of kept linears is measured on."""
 
 RANKED_TOKENS = 512
-RANKED_LINEARS = 48
-"""Tokens, and linears, whose harm is measured one by one."""
+RANKED_LAYERS = 8
+"""Tokens on which harm is measured, and layers whose linears are measured one by one."""
 
 _AT_ONCE = 8
 _ROWS_AT_ONCE = 256
@@ -165,14 +165,40 @@ def by_harm(
 ) -> list[str]:
     """Module names without those of `always`, most harmful first.
 
-    Of the linears with the largest output errors, the divergence is measured that each causes when it alone
-    is quantized: the same error does more harm in one place than in another. The others follow by error.
+    The same output error does a thousand times more harm in one place than in another, so harm is measured:
+    the divergence when one layer alone is quantized, then, in the layers that do most, when one linear alone
+    is. Inside the other layers, harm is shared out by the square of the output error.
     """
-    names = [name for name in by_error(scales) if name not in always]
-    candidates, others = names[:RANKED_LINEARS], names[RANKED_LINEARS:]
-    alone = [set(scales) - {name} for name in candidates]
-    points = dict(zip(candidates, measure(stream, ids, scales, scheme, alone), strict=True))
-    return sorted(candidates, key=lambda name: -points[name].kl) + others
+    names = [name for name in scales if name not in always]
+    layers = {_layer_of(name): [n for n in names if _layer_of(n) == _layer_of(name)] for name in names}
+    by_layer = _harm(stream, ids, scales, scheme, layers)
+    several = [layer for layer in layers if len(layers[layer]) > 1]
+    worst = sorted(several, key=lambda layer: -by_layer[layer])[:RANKED_LAYERS]
+    alone = {name: [name] for layer in worst for name in layers[layer]}
+    harm = _harm(stream, ids, scales, scheme, alone) if alone else {}
+    for layer in set(layers) - set(worst):
+        squares = {name: float(scales[name].error) ** 2 for name in layers[layer]}
+        total = sum(squares.values()) or 1.0
+        harm |= {name: by_layer[layer] * square / total for name, square in squares.items()}
+    return sorted(names, key=lambda name: (-harm[name], name))
+
+
+def _harm(
+    stream: LayerStream,
+    ids: Tensor,
+    scales: Mapping[str, LinearScales],
+    scheme: Scheme,
+    sets: Mapping[str, Collection[str]],
+) -> dict[str, float]:
+    """Divergence when the linears of one set are quantized and no others, for each set."""
+    choices = [set(scales) - set(quantized) for quantized in sets.values()]
+    points = measure(stream, ids, scales, scheme, choices)
+    return {name: point.kl for name, point in zip(sets, points, strict=True)}
+
+
+def _layer_of(name: str) -> str:
+    """model.layers.3.mlp.up_proj -> model.layers.3; lm_head -> lm_head"""
+    return ".".join(name.split(".")[:3])
 
 
 def _spread(low: int, high: int) -> list[int]:

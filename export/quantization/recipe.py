@@ -84,6 +84,11 @@ def quantize_checkpoint(
     points: Sequence[Point] = ()
     if settings.quality is not None:
         kept, points = choose_kept(stream, ids, scales, scheme, always=kept, budget=settings.quality)
+    if len(kept) == len(names):
+        raise ConfigError(
+            f"--keep and --quality leave nothing to quantize: all {len(names)} linears would stay float16; "
+            "use --precision fp16, keep less or allow more"
+        )
     norms = {norm: read_float32(source.weights[norm]) for norm, _ in _groups(source, settings) if norm}
     placement = place(
         scales,
