@@ -103,7 +103,7 @@ def export_checkpoint(
             files=describe_files(folder, hashes),
             sources=sources,
             contract=contract,
-            versions=tool_versions(*_TOOLS, *(_QUANTIZERS if quantized else ())),
+            versions=tool_versions(*_TOOLS, *(_QUANTIZERS if quantized and quantized.scales else ())),
             details={
                 "name": source.name,
                 "format": source.format,
@@ -143,7 +143,7 @@ def quantize(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's, of versions that it has not tried
-        for package in ("modelopt", "transformers", "safetensors"):
+        for package in (*(["modelopt"] if calibrated else []), "transformers", "safetensors"):
             require(package, "quantize")
     from mistral_trt.export.quantization.recipe import import_quantized, quantize_checkpoint
 

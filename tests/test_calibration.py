@@ -338,7 +338,6 @@ def test_hidden_states_are_kept_between_layers_only(checkpoint: Path, store: Cal
     torch.testing.assert_close(hidden, states[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="a finished store is read without `finish`")
 def test_hidden_states_are_removed_though_the_run_was_stopped_before(
     checkpoint: Path, store: CalibrationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,25 +456,11 @@ DAMAGED: dict[str, dict[str, Tensor]] = {
     "an input overflows": {UP: torch.full((96, 64), 1e25), GATE: torch.full((96, 64), 1e25)},
     "a weight is NaN": {UP: torch.full((96, 64), torch.nan)},
 }
-MODELOPTS_OWN = {  # an AssertionError of ModelOpt's comes through
-    *(("an input overflows", precision) for precision in ("int8", "fp8")),
-    *(("a weight is NaN", precision) for precision in QUANTIZED),
-}
 
 
 @pytest.mark.parametrize(
     ("damage", "precision"),
-    [
-        pytest.param(
-            damage,
-            precision,
-            marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="ModelOpt asserts first")
-            if (damage, precision) in MODELOPTS_OWN
-            else (),
-        )
-        for damage in DAMAGED
-        for precision in QUANTIZED
-    ],
+    [(damage, precision) for damage in DAMAGED for precision in QUANTIZED],
 )
 def test_what_is_not_finite_is_refused(
     tiny_checkpoint: Folder, tmp_path: Path, store: CalibrationStore, damage: str, precision: str

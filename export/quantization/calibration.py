@@ -20,6 +20,11 @@ from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.progress import note, track
 
 _SHARED_INPUT = (KINDS[0:3], KINDS[4:6])
+_NOT_FINITE = (
+    "a weight or a hidden state is not finite on the calibration text: the checkpoint is damaged, or the "
+    "text is not for this model; try another --calibration"
+)
+
 SEARCHED_TOKENS = 1024
 """Tokens that AWQ's search and the errors of the linears are measured on; all others are seen once."""
 
@@ -40,6 +45,7 @@ def calibrate(
         _calibrate_parts(stream, ids, scheme, store, parts)
         found = store.load(parts)
     assert found is not None
+    store.finish()
     return {name: found[name] for name in linear_names(stream.checkpoint.config, lm_head=lm_head)}
 
 
@@ -56,12 +62,12 @@ def _calibrate_parts(
                 scales, hidden = calibrate_layer(stream, stream.layer(part), hidden, scheme)
                 prefix = f"model.layers.{part}."
                 store.save(part, {prefix + name: found for name, found in scales.items()})
-                store.save_hidden(part + 1, hidden)
+                if part + 1 < parts:
+                    store.save_hidden(part + 1, hidden)
             else:
                 store.save(part, {LM_HEAD_MODULE: calibrate_head(stream, hidden, scheme)})
             gc.collect()  # ModelOpt's modules refer to each other, and each layer is a gigabyte
             advance(1)
-    store.finish()
 
 
 def calibrate_layer(
@@ -87,10 +93,7 @@ def calibrate_layer(
     own = _unify_shared_inputs(modules)
     out = torch.cat(following)
     if not torch.isfinite(out).all():
-        raise CalibrationError(
-            "a hidden state is not finite on the calibration text: the checkpoint is damaged, or the text "
-            "is not for this model; try another --calibration"
-        )
+        raise CalibrationError(_NOT_FINITE)
     measured = _measure(modules, lambda: stream.run(layer, some))
     return {name: _scales(modules[name], own.get(name), *measured[name]) for name in modules}, out
 
@@ -116,7 +119,10 @@ def quantize(module: nn.Module, scheme: Scheme, forward_loop: ForwardLoop) -> di
     with quiet_modelopt():
         import modelopt.torch.quantization as mtq
 
-        mtq.quantize(module, scheme.modelopt_config(), forward_loop)
+        try:
+            mtq.quantize(module, scheme.modelopt_config(), forward_loop)
+        except AssertionError as error:  # how ModelOpt refuses NaN and infinity
+            raise CalibrationError(f"{_NOT_FINITE} (ModelOpt: {error})") from error
     return {
         name: linear
         for name, linear in module.named_modules()

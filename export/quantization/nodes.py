@@ -54,7 +54,7 @@ def quantize_graph(model: ir.Model, scheme: Scheme, placement: Placement) -> Non
 def _matmul(matmuls: dict[str | None, ir.Node], name: str) -> ir.Node:
     node = matmuls.get(f"{name}/MatMul")
     transpose = node.inputs[1].producer() if node and node.inputs[1] else None
-    if node is None or transpose is None or transpose.inputs[0] is None:
+    if node is None or transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
         raise ExportError(f"{name}: expected a MatMul with a transposed weight")
     expected = {f"{name}.weight"} | ({EMBEDDING} if name == LM_HEAD_MODULE else set())
     if transpose.inputs[0].name not in expected:

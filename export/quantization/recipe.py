@@ -72,6 +72,7 @@ def quantize_checkpoint(
     scheme = scheme_for(contract.precision, source.config)
     names = linear_names(source.config, lm_head=settings.quantize_lm_head)
     kept = matching(settings.keep, names)
+    _require_some(kept, names)
     if scheme.block_size not in (None, BLOCK_SIZES[0]):
         note(f"int4: blocks of {scheme.block_size}, because {BLOCK_SIZES[0]} does not divide every width")
     corpus = _read_corpus(source, settings, tokenizer, bos_token_id)
@@ -84,11 +85,7 @@ def quantize_checkpoint(
     points: Sequence[Point] = ()
     if settings.quality is not None:
         kept, points = choose_kept(stream, ids, scales, scheme, always=kept, budget=settings.quality)
-    if len(kept) == len(names):
-        raise ConfigError(
-            f"--keep and --quality leave nothing to quantize: all {len(names)} linears would stay float16; "
-            "use --precision fp16, keep less or allow more"
-        )
+    _require_some(kept, names)
     norms = {norm: read_float32(source.weights[norm]) for norm, _ in _groups(source, settings) if norm}
     placement = place(
         scales,
@@ -108,6 +105,14 @@ def quantize_checkpoint(
         "calibration": {**corpus.to_json(), "sliding_window": window, "algorithm": scheme.modelopt},
     }
     return Quantization(scheme, placement, scales, details)
+
+
+def _require_some(kept: Sequence[str], names: Sequence[str]) -> None:
+    if len(kept) == len(names):
+        raise ConfigError(
+            f"--keep and --quality leave nothing to quantize: all {len(names)} linears would stay float16; "
+            "use --precision fp16, keep less or allow more"
+        )
 
 
 def import_quantized(source: Checkpoint, contract: GraphContract) -> Quantization:

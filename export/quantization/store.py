@@ -5,6 +5,7 @@ layer, and the hidden states that enter the first unfinished one.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -74,6 +75,7 @@ def open_store(key: str) -> Iterator[CalibrationStore]:
         if not _locked(lock):
             note("another run makes the same calibration: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(folder)
         _forget([path for path in folder.parent.iterdir() if path != folder])
         yield CalibrationStore(folder)
 
