@@ -84,11 +84,11 @@ def tree(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
     for process in found:  # grows as it goes
-        for children in Path(f"/proc/{process}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in children.read_text().split()]
-            except OSError:  # ended while we looked
-                continue
+        try:
+            threads = list(Path(f"/proc/{process}/task").glob("*/children"))
+            found += [int(child) for children in threads for child in children.read_text().split()]
+        except OSError:  # ended while we looked
+            continue
     return found
 
 

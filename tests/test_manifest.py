@@ -177,7 +177,7 @@ def test_another_format_version_is_refused(folder: Path, text: str, found: str) 
         (lambda d: d["config"].update(head_dim=0), "head_dim must be a positive integer, found 0"),
         (lambda d: d.update(config=None), "is damaged"),
         (lambda d: d["contract"].update(ring_capacity=13), "ring_capacity must be 12 for W=8, C=4, found 13"),
-        (lambda d: d["contract"].update(precision="fp8"), "precision must be one of"),
+        (lambda d: d["contract"].update(precision="fp9"), "precision must be one of"),
         (lambda d: d["contract"].update(max_batch_size="4"), "max_batch_size must be a positive integer"),
         (lambda d: d.update(contract=7), "is damaged"),
         (lambda d: d.update(sources=[]), r"sources must be an object, found \[\]"),
