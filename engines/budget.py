@@ -112,15 +112,15 @@ def check_host(budget: Budget, out: Path, *, memory_bytes: int, disk_bytes: int)
         )
 
 
-def check_plan(budget: Budget, plan_bytes: int) -> None:
+def check_plan(budget: Budget, plan_bytes: int, *, layouts: int = 1) -> None:
     """Raise BuildError if a plan's size shows that it does not hold the weights as they were stored.
 
-    A quantized plan may be smaller, because TensorRT merges scales that are equal, and may hold the codes
-    twice: see `holds_codes_twice`.
+    layouts: how often the quantized weights may lie in it; INT4's may lie there twice, see
+    `holds_codes_twice`.  A quantized plan may be smaller, because TensorRT merges scales that are equal.
     """
     slack = _slack(budget)
     expected = f"expected a plan of {_gb(budget.weights_bytes)} and at most {_gb(slack)}"
-    if plan_bytes > budget.weights_bytes + budget.quantized_bytes + slack:
+    if plan_bytes > budget.weights_bytes + (layouts - 1) * budget.quantized_bytes + slack:
         why = "TensorRT stored weights more than once or in a wider type"
         raise BuildError(f"{expected} more, the size of its weights, found {_gb(plan_bytes)}: {why}")
     if not budget.quantized_bytes and plan_bytes < budget.weights_bytes - slack:

@@ -84,7 +84,7 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
             plan = build_plan(
                 trt, onnx_dir / GRAPH_NAME, source.contract, target, chosen, file, quantization=quantization
             )
-        check_plan(budget, plan.bytes)
+        check_plan(budget, plan.bytes, layouts=2 if source.contract.precision == "int4" else 1)
         if holds_codes_twice(budget, plan.bytes):
             _LOG.warning(
                 "the plan holds quantized weights in two layouts, one for each profile: it has %.2f GB for "
