@@ -112,34 +112,20 @@ def check_host(budget: Budget, out: Path, *, memory_bytes: int, disk_bytes: int)
         )
 
 
-def check_plan(budget: Budget, plan_bytes: int, *, layouts: int = 1) -> None:
+def check_plan(budget: Budget, plan_bytes: int) -> None:
     """Raise BuildError if a plan's size shows that it does not hold the weights as they were stored.
 
-    layouts: how often the quantized weights may lie in it; INT4's may lie there twice, see
-    `holds_codes_twice`.  A quantized plan may be smaller, because TensorRT merges scales that are equal.
+    A quantized plan may be smaller, because TensorRT merges scales that are equal.
     """
-    slack = _slack(budget)
+    slack = int(_PLAN_TOLERANCE * budget.weights_bytes) + _PLAN_BASE_BYTES
     expected = f"expected a plan of {_gb(budget.weights_bytes)} and at most {_gb(slack)}"
-    if plan_bytes > budget.weights_bytes + (layouts - 1) * budget.quantized_bytes + slack:
+    if plan_bytes > budget.weights_bytes + slack:
         why = "TensorRT stored weights more than once or in a wider type"
         raise BuildError(f"{expected} more, the size of its weights, found {_gb(plan_bytes)}: {why}")
     if not budget.quantized_bytes and plan_bytes < budget.weights_bytes - slack:
         raise BuildError(
             f"{expected} less, the size of its weights, found {_gb(plan_bytes)}: weights are missing from it"
         )
-
-
-def holds_codes_twice(budget: Budget, plan_bytes: int) -> bool:
-    """Whether a plan is so large that quantized weights lie in it in two layouts, one for each profile.
-
-    TensorRT-RTX 1.7.1 does so with INT4 of a small model (113 MB of weights, 181 MB of plan; 129 MB with
-    either profile alone); how many rows the profiles allow made no difference.
-    """
-    return bool(budget.quantized_bytes) and plan_bytes > budget.weights_bytes + _slack(budget)
-
-
-def _slack(budget: Budget) -> int:
-    return int(_PLAN_TOLERANCE * budget.weights_bytes) + _PLAN_BASE_BYTES
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:

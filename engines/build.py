@@ -17,7 +17,6 @@ from mistral_trt.engines.budget import (
     check_device,
     check_host,
     check_plan,
-    holds_codes_twice,
     predict,
 )
 from mistral_trt.engines.callbacks import (
@@ -84,14 +83,7 @@ def build_engine(onnx_dir: Path, gpu: str, out: Path, *, flavor: str = AUTO) -> 
             plan = build_plan(
                 trt, onnx_dir / GRAPH_NAME, source.contract, target, chosen, file, quantization=quantization
             )
-        check_plan(budget, plan.bytes, layouts=2 if source.contract.precision == "int4" else 1)
-        if holds_codes_twice(budget, plan.bytes):
-            _LOG.warning(
-                "the plan holds quantized weights in two layouts, one for each profile: it has %.2f GB for "
-                "%.2f GB of weights, and the GPU needs as much more memory",
-                plan.bytes / 1e9,
-                budget.weights_bytes / 1e9,
-            )
+        check_plan(budget, plan.bytes)
         warn_of_waste(plan)
         for name in repeated["text_files"]:
             shutil.copyfile(onnx_dir / name, folder / name)
