@@ -134,11 +134,11 @@ def quality_checks(found: dict[str, Any]) -> list[Check]:
 
 
 def frontier(found: dict[str, Any]) -> list[str]:
-    """What each number of kept linears costs, on the evaluation text and on the calibration text, in words."""
+    """What each number of kept linears costs, on the evaluation text and on the calibration text."""
     budget = found["int8 --quality"]
     lines = [
-        f"--quality {tried['target']} keeps {tried['kept']} linears in float16 ({tried['quantized_share']:.1%} "
-        f"INT8): on the evaluation text perplexity × {tried['perplexity_ratio']:.4f}"
+        f"--quality {tried['target']}: {tried['kept']} kept in float16, {tried['quantized_share']:.1%} INT8: "
+        f"perplexity × {tried['perplexity_ratio']:.4f} on the evaluation text"
         for tried in (*budget["tried"], budget)
     ]
     lines.append("on the calibration text:")
