@@ -30,6 +30,7 @@ from quantization_runs import Bench, say
 from quantization_text import fetch_speeches
 from quantization_variants import cut
 
+from mistral_trt.contract import QUANTIZED
 from mistral_trt.manifest import tool_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,7 @@ def main() -> int:
     results = json.loads(args.out.read_text()) if args.out.is_file() else {}
     scratch = args.scratch.resolve() / "bench-quantization"
     try:
-        bench = prepare(args, scratch)
+        bench = prepare(args, scratch, results.get("equality", {}))
         for name in (name for name in PARTS if name in args.only):
             say(f"== {name}")
             results[name] = run_part(name, bench)
@@ -62,8 +63,8 @@ def main() -> int:
     return 1 if failed(results[name] for name in args.only) else 0
 
 
-def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
-    """The model cut to size, and the speeches fetched where a part reads them."""
+def prepare(args: argparse.Namespace, scratch: Path, equal: dict[str, Any]) -> Bench:
+    """The model cut to size, and the speeches fetched where a part reads them.  equal: `equality` so far."""
     scratch.mkdir(parents=True, exist_ok=True)
     model, speeches = args.model, args.speeches
     if set(args.only) & set(READING):
@@ -72,7 +73,12 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
         speeches = speeches or fetch_speeches(ROOT / "build" / "bench-data")
         if args.layers is not None:
             model = cut(model, scratch / "cut", args.layers)
-    return Bench(model, scratch, speeches, args.tokens, args.samples, args.layers, args.repeat)
+    earlier = {
+        name: {"settings": equal.get("settings"), **figures}
+        for name, figures in equal.get("figures", {}).items()
+    }
+    settings = (args.tokens, args.samples, args.layers, args.repeat, tuple(args.precisions), earlier)
+    return Bench(model, scratch, speeches, *settings)
 
 
 def run_part(name: str, bench: Bench) -> dict[str, Any]:
@@ -104,6 +110,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speeches", type=Path, metavar="DIR", help="a copy of the npm package, not fetched")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of each evaluation text")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="of calibration, as long")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=QUANTIZED, default=list(QUANTIZED), metavar="P", help="of equality"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N of any model, for a trial")
     parser.add_argument(
         "--repeat", type=int, default=11, metavar="N", help="steps of which the median counts"

@@ -59,14 +59,14 @@ DIRECT = KINDS[2:]
 
 
 def equality(bench: Bench) -> dict[str, Any]:
-    """Every quantized precision in turn."""
+    """Each of the precisions asked for in turn, beside the earlier figures of the others."""
     ids, text = calibration_ids(bench), evaluation_ids(bench)[0]
-    found: dict[str, Any] = {}
-    checks: list[Check] = []
-    for precision in QUANTIZED:
-        found[precision] = _equality_of(bench, precision, ids, text)
-        checks += checks_of(precision, found[precision])
+    found: dict[str, Any] = {name: bench.earlier[name] for name in QUANTIZED if name in bench.earlier}
+    for precision in bench.precisions:
+        found[precision] = {"settings": bench.settings(), **_equality_of(bench, precision, ids, text)}
         gc.collect()  # ModelOpt's modules refer to each other
+    found = {precision: found[precision] for precision in QUANTIZED if precision in found}
+    checks = [check for precision in found for check in checks_of(precision, found[precision])]
     return {"figures": found, "checks": checks, "remarks": []}
 
 

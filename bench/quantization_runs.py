@@ -13,6 +13,7 @@ from process import Measurement, run_measured
 from quantization_text import EVALUATION, calibration_folder, speech_paths, token_ids
 from torch import Tensor
 
+from mistral_trt.contract import QUANTIZED
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import read_manifest
 
@@ -26,7 +27,8 @@ class Bench:
     """Where it works and how much it reads.
 
     model: the demo model, cut to `layers` where that is given.  tokens: of each evaluation text.
-    samples: of calibration.  repeat: decode steps of which the median counts.
+    samples: of calibration.  repeat: decode steps of which the median counts.  precisions: of `equality`.
+    earlier: its figures from before, by precision.
     """
 
     model: Path
@@ -36,6 +38,8 @@ class Bench:
     samples: int
     layers: int | None
     repeat: int
+    precisions: tuple[str, ...] = QUANTIZED
+    earlier: Mapping[str, Any] = field(default_factory=dict)
     exported: dict[str, Path] = field(default_factory=dict)
 
     @property
