@@ -1,0 +1,98 @@
+"""ONNX folder + GPU → what a build and its engine would need, printed; nothing is built."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from mistral_trt.engines.budget import Budget, build_parts, gigabytes, usable_bytes
+from mistral_trt.engines.build import (
+    check_target,
+    predict_budget,
+    settle_weights,
+    with_rows,
+)
+from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL
+from mistral_trt.engines.flavor import AUTO
+from mistral_trt.engines.gpu import GpuTarget
+from mistral_trt.engines.host import can_link
+from mistral_trt.engines.quantized import read_quantization
+from mistral_trt.engines.remedy import check_device
+from mistral_trt.engines.roofline import Ceilings, ceilings
+from mistral_trt.errors import BuildError
+from mistral_trt.manifest import read_manifest
+
+
+def dry_run(
+    onnx_dir: Path,
+    gpu: str,
+    out: Path,
+    *,
+    flavor: str = AUTO,
+    weights: str = AUTO,
+    max_batch_size: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print what is predicted, to stdout, and raise what a build would be refused for, after printing.
+
+    Arguments as of `build.build_engine`, and its errors; out: only the disk it would lie on is looked at.
+    """
+    source = with_rows(read_manifest(onnx_dir, "onnx", check_files=False), max_batch_size)
+    target, _ = check_target(gpu, source.contract.precision, flavor)
+    budget, refusal = predict_budget(source, read_quantization(source)), None
+    try:
+        check_device(budget, target)
+        budget = settle_weights(weights, budget, onnx_dir, out)
+    except BuildError as error:
+        refusal = error
+        budget = replace(budget, weights=EXTERNAL if weights == EXTERNAL else EMBEDDED)
+    roof, linked = ceilings(budget, target), can_link(onnx_dir, out)
+    if as_json:
+        print(json.dumps(to_json(budget, target, roof, linked=linked, refusal=refusal), indent=2))
+    else:
+        for label, text in describe_budget(budget, target, roof, linked=linked):
+            print(f"{label:<24}{text}")
+    if refusal is not None:
+        raise refusal
+
+
+def to_json(
+    budget: Budget, gpu: GpuTarget, roof: Ceilings, *, linked: bool, refusal: Exception | None = None
+) -> dict[str, object]:
+    """The rows as numbers.  refusal: null where a build would start."""
+    return {
+        "gpu": gpu.key,
+        "weights": budget.weights,
+        "predicted": {**budget.to_json(), "ceilings": roof.to_json()},
+        "disk_bytes": budget.disk_bytes(linked=linked),
+        "rings_bytes": budget.rings_bytes,
+        "usable_bytes": usable_bytes(gpu),
+        "rows_that_fit": budget.rows_that_fit(gpu),
+        "refusal": None if refusal is None else str(refusal),
+    }
+
+
+def describe_budget(
+    budget: Budget, gpu: GpuTarget, roof: Ceilings, *, linked: bool = True
+) -> list[tuple[str, str]]:
+    """The prediction as label and text, in the order of a build's life.  linked: see Budget.disk_bytes."""
+    rows, contract = budget.max_batch_size, budget.contract
+    external = ", its weights beside it as " + ("hard links" if linked else "copies")
+    how = external if budget.weights == EXTERNAL else ""
+    return [
+        ("all of it predicted for", f"{gpu.name}, {contract.precision}, weights {budget.weights}"),
+        ("build memory", f"{gigabytes(budget.build_memory_bytes)} ({build_parts(budget)})"),
+        ("disk", f"{gigabytes(budget.disk_bytes(linked=linked))}, the plan {_size(budget.plan_bytes)}{how}"),
+        ("GPU: weights", gigabytes(budget.weights_bytes)),
+        ("GPU: rings", f"{gigabytes(budget.rings_bytes)}, {rows} x {_size(budget.ring_bytes_per_row)}"),
+        ("GPU: activations", _size(budget.activation_bytes)),
+        ("GPU: logits", _size(budget.logits_bytes)),
+        ("GPU: all of these", f"{gigabytes(budget.engine_bytes)} of {gigabytes(usable_bytes(gpu))} usable"),
+        ("largest batch", f"{budget.rows_that_fit(gpu)} rows"),
+        ("decode, one row", f"at most {roof.decode_tokens_per_s:,.0f} tokens/s, ring full"),
+        (f"decode, {rows} rows", f"at most {roof.decode_all_rows_tokens_per_s:,.0f} tokens/s together"),
+        ("prefill", f"at most {roof.prefill_tokens_per_s:,.0f} tokens/s"),
+    ]
+
+
+def _size(amount: int) -> str:
+    return gigabytes(amount) if amount >= 1e9 else f"{amount / 1e6:.1f} MB"
