@@ -55,7 +55,7 @@ ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
-.PHONY: help demo engine report onnx test test-all lint gpus bench bench-export bench-quantization clean .engine .report .onnx
+.PHONY: help demo engine report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization clean .engine .report .onnx
 
 help: ## show this list
 	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
@@ -104,8 +104,15 @@ bench: $(READY) demo-model ## the figures of the README, measured here
 bench-quantization: $(READY) demo-model ## what quantization costs and saves, measured here: 40 minutes
 	$(BIN)/python bench/quantization.py $(DEMO_MODEL) --out bench/results/quantization.json
 
+bench-build: $(READY) ## builds of a 7B at four depths beside what was predicted: an hour or so, 30 GB of disk
+	$(BIN)/python bench/build.py --out bench/results/build.json
+
 bench-export: $(READY) ## exports at full size, beside a copy of the files and beside other exporters: 25 minutes
 	$(BIN)/python bench/export.py
+
+gpu-acceptance: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## on a machine with GPU=…: its engine loaded, compared, timed
+	$(BIN)/python bench/gpu_acceptance.py '$(MODEL)' --gpu $(GPU) --precision $(PRECISION) \
+	  --out build/gpu-acceptance/$(GPU)-$(PRECISION)
 
 clean: ## remove everything that was built (.venv stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
