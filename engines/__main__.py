@@ -1,13 +1,15 @@
-"""Command line of the engines stage: `mistral-trt build` and `mistral-trt gpus`."""
+"""Command line of the engines stage: `mistral-trt build`, `refit` and `gpus`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from mistral_trt.cli import run
-from mistral_trt.engines.build import build_engine, check_target
+from mistral_trt.engines.build import WEIGHTS, build_engine, check_target
+from mistral_trt.engines.dry_run import dry_run
 from mistral_trt.engines.flavor import AUTO, NAMES
 from mistral_trt.engines.gpu import load_catalogue
+from mistral_trt.engines.refit import refit_engine
 from mistral_trt.engines.table import print_table
 
 
@@ -17,9 +19,48 @@ def build(argv: list[str]) -> int:
     parser.add_argument("--gpu", required=True, help="the target; `mistral-trt gpus` lists them")
     parser.add_argument("--out", type=Path, required=True, help="the engine folder to write")
     parser.add_argument("--flavor", choices=NAMES, default=AUTO, help="which TensorRT builds (default: auto)")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=AUTO,
+        help="in the plan, or beside it, where `mistral-trt refit` can exchange them "
+        "(default: auto, embedded where the build then fits this machine)",
+    )
+    parser.add_argument("--max-batch-size", type=int, metavar="B", help="rows, instead of the export's")
+    parser.add_argument("--dry-run", action="store_true", help="print what is predicted and build nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run")
     args = parser.parse_args(argv)
-    build_engine(args.onnx, args.gpu, args.out, flavor=args.flavor)
+    if args.json and not args.dry_run:
+        parser.error("--json is for --dry-run")
+    settings = {"flavor": args.flavor, "weights": args.weights, "max_batch_size": args.max_batch_size}
+    if args.dry_run:
+        dry_run(args.onnx, args.gpu, args.out, as_json=args.json, **settings)
+        return 0
+    build_engine(args.onnx, args.gpu, args.out, **settings)
     print(args.out)
+    return 0
+
+
+def refit(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "mistral-trt refit",
+        description="Engine folder with external weights → another fine-tune's, without a build.",
+    )
+    parser.add_argument("engine", type=Path, metavar="ENGINE_DIR", help="built with --weights external")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        required=True,
+        dest="onnx",
+        metavar="ONNX_DIR",
+        help="the fine-tune's ONNX folder",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the engine folder to write (default: ENGINE_DIR is replaced)"
+    )
+    args = parser.parse_args(argv)
+    refit_engine(args.engine, args.onnx, args.out)
+    print(args.out or args.engine)
     return 0
 
 

@@ -3,10 +3,14 @@
 import io
 import logging
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +21,21 @@ import pytest
 from onnx import TensorProto, helper
 
 from mistral_trt.contract import GraphContract, Ring
+from mistral_trt.engines import audit as audit_module
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines import network as network_module
 from mistral_trt.engines.__main__ import build as build_command
+from mistral_trt.engines.audit import AuditReport, attentions, audit
 from mistral_trt.engines.build import build_engine, build_plan, builder_config, require_clean
-from mistral_trt.engines.callbacks import BuilderLog, PhaseTree, PlanSink, make_logger
+from mistral_trt.engines.callbacks import (
+    ALLOWED_WARNINGS,
+    AllowedWarning,
+    BuilderLog,
+    PhaseTree,
+    PlanSink,
+    make_logger,
+    only_build,
+)
 from mistral_trt.engines.compiled import compiled_summary
 from mistral_trt.engines.flavor import RTX
 from mistral_trt.engines.gpu import find_gpu
@@ -29,8 +43,6 @@ from mistral_trt.engines.network import (
     ParsedNetwork,
     add_profiles,
     attend_ring_itself,
-    attentions,
-    audit,
     check_operators,
     one_line,
     parse_network,
@@ -138,15 +150,15 @@ def make_circular(model: onnx.ModelProto) -> None:
     [
         (
             add_ignored_lengths,
-            r"layers.1.self_attn/Attention: Attention must have its first 4 inputs and no other, "
-            r"found inputs \[0, 1, 2, 3, 6\]; TensorRT would ignore the rest",
+            r"layer 1, self_attn \(node 'model.layers.1.self_attn/Attention'\): Attention must have its "
+            r"first 4 inputs and no other, found inputs \[0, 1, 2, 3, 6\]; TensorRT would ignore the rest",
         ),
-        (drop_mask, r"layers.0.self_attn/Attention: .* found inputs \[0, 1, 2\]"),
-        (add_causality, "layers.0.self_attn/Attention: Attention with is_causal = 1 is not what"),
-        (halve_scale, "layers.0.self_attn/Attention: Attention with scale = 0.5 is not what"),
+        (drop_mask, r"layers.0.self_attn/Attention'\): .* found inputs \[0, 1, 2\]"),
+        (add_causality, r"layers.0.self_attn/Attention'\): Attention with is_causal = 1 is not what"),
+        (halve_scale, r"layers.0.self_attn/Attention'\): Attention with scale = 0.5 is not what"),
         (
             make_circular,
-            "layers.0.self_attn/TensorScatter_1: TensorScatter with mode = b'circular' is not what",
+            r"layers.0.self_attn/TensorScatter_1'\): TensorScatter with mode = b'circular' is not what",
         ),
     ],
 )
@@ -162,9 +174,13 @@ def test_an_operator_in_another_form_is_refused(
     [
         (
             add_causality,
-            "cannot read .*: node 'model.layers.0.self_attn/Attention' .*Option mask cannot be used",
+            r"cannot read .*: layer 0, self_attn \(node 'model.layers.0.self_attn/Attention'\): Attention: .*"
+            "Option mask cannot be used",
         ),
-        (make_circular, "node 'model.layers.0.self_attn/TensorScatter_1' .*Only linear mode is supported"),
+        (
+            make_circular,
+            r"layer 0, self_attn \(node 'model.layers.0.self_attn/TensorScatter_1'\): .*Only linear mode is",
+        ),
     ],
 )
 def test_a_graph_tensorrt_refuses_names_the_node(
@@ -250,20 +266,24 @@ def remove_a_write(model: onnx.ModelProto) -> None:
     [
         (
             cross_rings,
-            "ring write: expected past_key_values.0.key -> present.0.key, found .*0.key -> present.1",
+            r"layer 0, key ring \(tensor 'past_key_values.0.key'\): ring write: expected "
+            "past_key_values.0.key -> present.0.key, found .*0.key -> present.1",
         ),
         (
             write_a_copy,
             "ring write: expected past_key_values.0.key -> present.0.key, found copy -> present.0.key",
         ),
-        (present_is_not_the_write, "layers.0.self_attn/Attention: expected the keys to be 'present.0.key'"),
+        (
+            present_is_not_the_write,
+            r"layers.0.self_attn/Attention'\): expected the keys to be 'present.0.key'",
+        ),
         (
             attend_the_other_layer,
-            "layers.0.self_attn/Attention: expected the keys to be 'present.0.key', found",
+            r"layers.0.self_attn/Attention'\): expected the keys to be 'present.0.key', found",
         ),
         (
             attend_the_keys_as_values,
-            "layers.1.self_attn/Attention: expected to attend present.1.value, found",
+            r"layers.1.self_attn/Attention'\): expected to attend present.1.value, found",
         ),
         (add_unused_input, r"must have 7 inputs, found 8; not in the contract: \['extra'\]"),
         (rename_logits, r"network output: expected \('logits', 'FLOAT', .*, found \('scores'"),
@@ -291,7 +311,7 @@ def test_a_graph_of_another_contract_is_refused(fp16: Path, contract: GraphContr
 def test_an_attention_that_may_be_decomposed_is_refused(fp16: Path, contract: GraphContract) -> None:
     parsed = parse(fp16 / "model.onnx", contract)
     attentions(trt, parsed.network)[1].decomposable = True
-    with pytest.raises(BuildError, match=r"layers.1.self_attn/Attention: may be decomposed"):
+    with pytest.raises(BuildError, match=r"layers.1.self_attn/Attention'\): may be decomposed"):
         audit(trt, parsed.network, contract)
 
 
@@ -314,11 +334,11 @@ def test_each_fault_of_an_attention_is_found(change: dict[str, Any], message: st
         "key_value_lengths": None,
         "query_lengths": None,
     }
-    faults = network_module._attention_faults(trt, SimpleNamespace(**{**sound, **change}))
+    faults = audit_module.attention_faults(trt, SimpleNamespace(**{**sound, **change}))
     assert [what for wrong, what in faults if wrong] == [
         what for _, what in faults if what.startswith(message)
     ]
-    assert not any(wrong for wrong, _ in network_module._attention_faults(trt, SimpleNamespace(**sound)))
+    assert not any(wrong for wrong, _ in audit_module.attention_faults(trt, SimpleNamespace(**sound)))
 
 
 def test_a_ring_tensorrt_does_not_take_as_keys(
@@ -372,7 +392,8 @@ def test_a_target_the_builder_does_not_know(contract: GraphContract, monkeypatch
         ("INTERNAL_ERROR", "anything", True),
         ("WARNING", "Unused Input: lengths", True),
         ("VERBOSE", "Unused Input: lengths", True),
-        ("WARNING", "anything", False),
+        ("WARNING", "anything", True),
+        ("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.", False),
         ("INFO", "anything", False),
         ("VERBOSE", "Disabling unused tactic source: JIT_CONVOLUTIONS", False),
     ],
@@ -386,11 +407,44 @@ def test_which_lines_fail_a_build(severity: str, message: str, problem: bool) ->
             require_clean(True, log, PlanSink(io.BytesIO(), threading.Event()))
 
 
-def test_warnings_are_passed_on_but_for_the_usual_one(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("known", ALLOWED_WARNINGS)
+def test_a_warning_that_is_let_through_has_a_reason(known: AllowedWarning) -> None:
+    assert len(known.reason) > 20
+    for message in ("", "something odd", "Detected subnormal FP16 values"):
+        assert not re.search(known.pattern, message)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.", False),
+        (
+            "UNSUPPORTED_STATE: Skipping tactic 33 due to insufficient memory on requested size of 629145600 "
+            "detected for tactic 0xa5a46bfbd719d757.",
+            True,
+        ),
+        ("Tactic Device request: 600MB Available: 302MB. Device memory is insufficient to use tactic.", True),
+        ("CUDA lazy loading is not enabled. Enabling it can significantly reduce device memory usage.", True),
+    ],
+)
+def test_warnings_that_depend_on_the_machine_are_said_and_fail_no_build(
+    message: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     log = BuilderLog()
-    log.add("WARNING", "something odd")
-    log.add("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.")
-    assert [record.getMessage() for record in caplog.records] == ["TensorRT: something odd"]
+    log.add("WARNING", message)
+    assert log.problems == []
+    assert [record.getMessage() for record in caplog.records] == ([f"TensorRT: {message}"] if said else [])
+
+
+def test_any_other_warning_fails_a_build_and_says_which() -> None:
+    log = BuilderLog()
+    log.add("WARNING", "model.layers.3.self_attn/Attention: something odd")
+    message = (
+        r"did not build cleanly: layer 3, self_attn \(node 'model.layers.3.self_attn/Attention'\): something "
+        r"odd \(a warning that is not known to be harmless\)"
+    )
+    with pytest.raises(BuildError, match=message):
+        require_clean(True, log, PlanSink(io.BytesIO(), threading.Event()))
 
 
 def test_no_plan_and_no_reason() -> None:
@@ -557,7 +611,7 @@ def test_without_the_rewiring_every_layer_copies_its_key_ring(
     fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(network_module, "attend_ring_itself", lambda trt, network, contract: None)
-    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    monkeypatch.setattr(network_module, "audit", lambda *network: AuditReport())
     manifest = build_engine(fp16, "a10g", tmp_path / "engine")
     assert manifest.details["compiled"]["ring_copies"] == {"decode": 2, "prefill": 2}
     assert "the plan copies whole rings in every step" in caplog.text
@@ -580,7 +634,7 @@ def test_an_input_that_tensorrt_ignores_fails_the_build(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    monkeypatch.setattr(network_module, "audit", lambda *network: AuditReport())
     with (
         (tmp_path / "plan").open("wb") as file,
         pytest.raises(BuildError, match="cleanly: Unused Input: extra"),
@@ -604,6 +658,82 @@ def test_a_failed_build_leaves_nothing(
 def test_a_full_disk_is_reported_as_such(fp16: Path, contract: GraphContract) -> None:
     with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, file)
+
+
+@pytest.mark.slow
+def test_two_builds_in_one_process_take_turns(
+    folders: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    with ThreadPoolExecutor(2) as pool:
+        made = [
+            pool.submit(build_engine, folders(precision), "l4", tmp_path / precision)
+            for precision in ("fp16", "bf16")
+        ]
+    for precision, build in zip(("fp16", "bf16"), made, strict=True):
+        assert build.result() == check_engine(tmp_path / precision, folders(precision))
+        assert build.result().details["compiled"]["attention_kernels"] == {"decode": 2, "prefill": 2}
+    assert "waiting until another build in this process has ended" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_builds_in_two_processes_do_not_meet(fp16: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from mistral_trt.engines.build import build_engine; "
+    code += "build_engine(Path(sys.argv[1]), 'a10g', Path(sys.argv[2]))"
+    commands = [[sys.executable, "-c", code, str(fp16), str(tmp_path / name)] for name in "ab"]
+    for process in [subprocess.Popen(command) for command in commands]:
+        assert process.wait(120) == 0
+    for name in "ab":
+        check_engine(tmp_path / name, fp16)
+
+
+@pytest.mark.slow
+def test_a_build_after_one_that_failed_has_tensorrts_logger(
+    folders: Callable[[str], Path], fp16: Path, contract: GraphContract, tmp_path: Path
+) -> None:
+    """A caught error keeps the failed build's builder alive, and with it TensorRT's idea of the logger."""
+    wrong = read_manifest(folders("fp32")).contract
+    with pytest.raises(BuildError) as error:
+        build_plan(trt, folders("fp32") / "model.onnx", wrong, find_gpu("a10g"), RTX, io.BytesIO())
+    plan = build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, io.BytesIO())
+    assert plan.layers["ATTENTION_INPUT"] == 2
+    assert error.traceback  # still held
+
+
+def test_every_build_has_the_same_logger_and_its_own_log() -> None:
+    first, second = BuilderLog(), BuilderLog()
+    with only_build(trt, first) as logger:
+        logger.log(trt.ILogger.ERROR, "of the first")
+    with only_build(trt, second) as other:
+        other.log(trt.ILogger.ERROR, "of the second")
+    assert other is logger
+    assert (first.problems, second.problems) == (["of the first"], ["of the second"])
+
+
+def test_what_tensorrt_says_outside_of_a_build_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    with only_build(trt, BuilderLog()) as logger:
+        pass
+    logger.log(trt.ILogger.ERROR, "too late")
+    logger.log(trt.ILogger.INFO, "never mind")
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT, outside of a build: too late"]
+
+
+def test_another_logger_would_be_noticed() -> None:
+    """Why there is one logger: TensorRT warns of a second, and that warning fails the build."""
+    log = BuilderLog()
+
+    class Other(trt.ILogger):  # type: ignore[misc,name-defined]  # known at run time
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.add(severity.name, message)
+
+    other = Other()
+    with only_build(trt, BuilderLog()) as logger:
+        builders = [trt.Builder(logger), trt.Builder(other)]
+    assert len(builders) == 2
+    assert "logger passed into createInferBuilder differs" in log.problems[0]
 
 
 @pytest.fixture

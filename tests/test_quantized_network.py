@@ -527,7 +527,9 @@ def test_a_fault_in_a_whole_network_names_the_linear(
     onnx.save(model, tmp_path / "model.onnx")
     source = read_manifest(quantized("int4"))
     replace(source, files=describe_files(tmp_path, {})).write(tmp_path)
-    with pytest.raises(BuildError, match=r"layers.0.self_attn.q_proj.weight: expected INT4 codes .* HALF"):
+    with pytest.raises(
+        BuildError, match=r"layer 0, self_attn.q_proj \(tensor '.*'\): expected INT4 codes .* HALF"
+    ):
         build_engine(tmp_path, "a10g", tmp_path.with_name("engine"))
 
 
@@ -653,9 +655,9 @@ def test_the_prediction_counts_what_is_quantized(
 ) -> None:
     monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(
-        BuildError, match=r"\(2.6 x .* GB quantized \+ 1.9 x .* GB other weights \+ 1.00 GB\)"
+        BuildError, match=r"\([\d.]+ x .* GB quantized \+ [\d.]+ x .* GB other weights \+ .* GB\)"
     ):
-        build_engine(quantized("int4"), "a10g", tmp_path / "engine")
+        build_engine(quantized("int4"), "a10g", tmp_path / "engine", weights="embedded")
 
 
 def test_a_manifest_without_its_quantization_is_refused_before_a_build(

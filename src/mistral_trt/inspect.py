@@ -34,6 +34,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     rows += weights_rows(details)
     rows += [(f"from {stage}", sha256) for stage, sha256 in manifest.sources.items()]
     rows += [(name.replace("_", " "), counts(details[name])) for name in _COUNTS if details.get(name)]
+    rows += [(f"audit: {row['check']}", row["found"]) for row in details.get("audit", [])]
     rows += [(name, size(entry.bytes)) for name, entry in sorted(manifest.files.items())]
     rows.append(("versions", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())))
     return rows
