@@ -4,6 +4,7 @@ equality  codes, layers and distributions of the demo model against ModelOpt's o
 quality   perplexity over speeches after 1980, calibrated on speeches before 1950
 int4      the same for INT4, on the demo model with noise
 decode    a step of four full-width layers past the window, in ONNX Runtime
+plans     the size of those layers' TensorRT plans
 scale     all 32 layers of Mistral 7B to int8 and int4: 35 GB of disk and an hour or more; only when named
 
 Every figure stands beside the bound it was asked to keep, and the exit status is 1 if one does not. Figures
@@ -23,6 +24,7 @@ from process import machine
 from quantization_checks import failed, table
 from quantization_decode import decode, scale
 from quantization_equality import equality
+from quantization_plans import plans
 from quantization_quality import int4, quality
 from quantization_runs import Bench, say
 from quantization_text import fetch_speeches
@@ -36,6 +38,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "quality": quality,
     "int4": int4,
     "decode": decode,
+    "plans": plans,
     "scale": scale,
 }
 DEFAULT = [name for name in PARTS if name != "scale"]
@@ -100,9 +103,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--speeches", type=Path, metavar="DIR", help="a copy of the npm package, not fetched")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of each evaluation text")
-    parser.add_argument(
-        "--samples", type=int, default=16, metavar="N", help="of calibration, 512 tokens each"
-    )
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="of calibration, as long")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N of any model, for a trial")
     parser.add_argument(
         "--repeat", type=int, default=11, metavar="N", help="steps of which the median counts"

@@ -50,7 +50,7 @@ def whole_model(checkpoint: Path, scheme: Scheme, ids: Tensor, *, sliding_window
         import modelopt.torch.quantization as mtq
 
         mtq.quantize(model, scheme.modelopt_config(), forward_loop)
-        if "AWQ" in scheme.modelopt:
+        if "AWQ" in scheme.algorithm:
             fuse(model)
     return model
 

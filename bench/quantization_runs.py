@@ -40,8 +40,12 @@ class Bench:
 
     @property
     def sample_tokens(self) -> int:
-        """Of each calibration sample, BOS included."""
-        return min(512, self.tokens)
+        """Of each calibration sample, BOS included: as many as are read, so that both cross the window.
+
+        Where BOS has left the window, other tokens take the largest activations; scales that never saw it
+        clip them (int8, perplexity over float32's: 1.18 with 16 samples of 512 tokens, 1.14 with 4 of 2,048).
+        """
+        return self.tokens
 
     @property
     def environment(self) -> Mapping[str, str]:

@@ -168,15 +168,14 @@ def build_parts(budget: Budget) -> str:
     return f"{quantized} + {constants.factor:g} x {gigabytes(other)} other weights + {own}"
 
 
-def check_plan(budget: Budget, plan_bytes: int, *, layouts: int = 1) -> None:
+def check_plan(budget: Budget, plan_bytes: int) -> None:
     """Raise BuildError if an embedded plan's size shows that it does not hold the weights as stored.
 
-    layouts: how often the quantized weights may lie in it; INT4's may lie there twice, see
-    `holds_codes_twice`.  A quantized plan may be smaller, because TensorRT merges scales that are equal.
+    A quantized plan may be smaller, because TensorRT merges scales that are equal.
     """
-    slack = _slack(budget)
+    slack = int(_PLAN_TOLERANCE * budget.weights_bytes) + _PLAN_BASE_BYTES
     expected = f"expected a plan of {gigabytes(budget.weights_bytes)} and at most {gigabytes(slack)}"
-    if plan_bytes > budget.weights_bytes + (layouts - 1) * budget.quantized_bytes + slack:
+    if plan_bytes > budget.weights_bytes + slack:
         why = "TensorRT stored weights more than once or in a wider type"
         raise BuildError(f"{expected} more, the size of its weights, found {gigabytes(plan_bytes)}: {why}")
     if not budget.quantized_bytes and plan_bytes < budget.weights_bytes - slack:
@@ -186,18 +185,5 @@ def check_plan(budget: Budget, plan_bytes: int, *, layouts: int = 1) -> None:
         )
 
 
-def holds_codes_twice(budget: Budget, plan_bytes: int) -> bool:
-    """Whether a plan is so large that quantized weights lie in it in two layouts, one for each profile.
-
-    TensorRT-RTX 1.7.1 does so with INT4 of a small model (113 MB of weights, 181 MB of plan; 129 MB with
-    either profile alone); how many rows the profiles allow made no difference.
-    """
-    return bool(budget.quantized_bytes) and plan_bytes > budget.weights_bytes + _slack(budget)
-
-
 def gigabytes(amount: int) -> str:
     return f"{amount / 1e9:.2f} GB"
-
-
-def _slack(budget: Budget) -> int:
-    return int(_PLAN_TOLERANCE * budget.weights_bytes) + _PLAN_BASE_BYTES

@@ -18,7 +18,6 @@ from mistral_trt.engines.budget import (
     Budget,
     check_host,
     check_plan,
-    holds_codes_twice,
     predict,
 )
 from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL
@@ -192,14 +191,7 @@ def check_size(
     if external is not None:
         check_external_plan(plan.bytes, contract.config.num_hidden_layers)
         return
-    check_plan(budget, plan.bytes, layouts=2 if contract.precision == "int4" else 1)
-    if holds_codes_twice(budget, plan.bytes):
-        _LOG.warning(
-            "the plan holds quantized weights in two layouts, one for each profile: it has %.2f GB for "
-            "%.2f GB of weights, and the GPU needs as much more memory",
-            plan.bytes / 1e9,
-            budget.weights_bytes / 1e9,
-        )
+    check_plan(budget, plan.bytes)
 
 
 def check_target(gpu: str, precision: str, flavor: str = AUTO) -> tuple[GpuTarget, Flavor]:

@@ -130,16 +130,22 @@ def add_profiles(builder: Any, config: Any, contract: GraphContract) -> None:
 
 
 def profile_ranges(contract: GraphContract) -> dict[str, tuple[dict[str, int], ...]]:
-    """`contract.profiles()`; with quantized weights, decode has room for a second row, used or not.
+    """`contract.profiles()`; with quantized weights there is room for a second row, used or not.
 
-    Were each of its sizes fixed, TensorRT-RTX 1.7.1 would store INT8 and FP8 codes once for each profile, and
-    in int8-weight-only dequantize every weight whole in every step (seen in its reports).
+    TensorRT-RTX 1.7.1 stores codes once for each profile that lays them out in its own way (seen in its
+    reports): INT8 and FP8 where each size of decode is fixed (in int8-weight-only it then also dequantizes
+    every weight whole in every step), INT4 and FP8 where the batch of prefill is, because it then joins the
+    linears that read one tensor.
     """
     found: dict[str, tuple[dict[str, int], ...]] = dict(contract.profiles())
-    if contract.precision in QUANTIZED and contract.max_batch_size == 1:
-        lowest, usual, most = found["decode"]
-        found["decode"] = (lowest, usual, {**most, "B": 2})
+    if contract.precision in QUANTIZED:
+        found = {name: _with_two_rows(ranges) for name, ranges in found.items()}
     return found
+
+
+def _with_two_rows(ranges: tuple[dict[str, int], ...]) -> tuple[dict[str, int], ...]:
+    lowest, usual, most = ranges
+    return lowest, usual, {**most, "B": max(2, most["B"])}
 
 
 def one_line(message: str) -> str:

@@ -16,7 +16,18 @@ from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 
 BENCH = Path(__file__).parent.parent / "bench"
-NAMES = ("checks", "text", "variants", "modelopt", "reading", "layers", "equality", "quality", "decode")
+NAMES = (
+    "checks",
+    "text",
+    "variants",
+    "modelopt",
+    "reading",
+    "layers",
+    "equality",
+    "quality",
+    "decode",
+    "plans",
+)
 TEXT = list(range(1, 23))
 
 
@@ -329,3 +340,14 @@ def test_the_log_tells_how_the_time_was_split(bench: Any) -> None:
     }
     with pytest.raises(ValueError, match="weights"):
         bench["decode"].split_seconds(LOG.rpartition("weights:")[0], 2150.0)
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize(
+    ("plan_bytes", "holds"), [(1_000, True), (1_049, True), (1_051, False), (953, True), (951, False)]
+)
+def test_a_plan_is_held_to_the_size_of_its_weights(bench: Any, plan_bytes: int, holds: bool) -> None:
+    checks = bench["plans"].size_checks("int8", "a10g", plan_bytes, 1_000)
+    assert all(check.holds for check in checks) is holds

@@ -142,7 +142,7 @@ def quantize_whole(checkpoint: Path, ids: Tensor, scheme: Scheme, searched: Tens
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lm_head is not calibrated, skip smoothing")
         mtq.quantize(model, scheme.modelopt_config(), lambda whole: whole(looks.pop(0), use_cache=False))
-    if scheme.precision == "int4":
+    if "AWQ" in scheme.algorithm:
         for i in range(TINY.num_hidden_layers):
             for group in SHARED:
                 fusion.preprocess_linear_fusion([found.linears[f"model.layers.{i}.{kind}"] for kind in group])
@@ -178,7 +178,7 @@ def test_layer_by_layer_is_modelopt_on_the_whole_model(
         assert float(scales.error) == pytest.approx(whole.error(name), rel=1e-2), name
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("precision", QUANTIZED)
 def test_another_window_gives_other_scales(checkpoint: Path, store: CalibrationStore, precision: str) -> None:
     """The comparison above sees a window that is off by one."""
     scheme = scheme_for(precision, TINY)

@@ -122,11 +122,16 @@ def test_modelopts_configuration_carries_the_block_size(block: int) -> None:
 
 
 @pytest.mark.parametrize("precision", [precision for precision in QUANTIZED if precision != "int4"])
-def test_without_blocks_modelopts_configuration_is_its_own(precision: str) -> None:
+def test_without_blocks_the_quantizers_are_those_of_modelopts_configuration(precision: str) -> None:
     scheme = scheme_for(precision, WIDE)
+    before = copy.deepcopy(getattr(mtq, scheme.modelopt))
     config = scheme.modelopt_config()
-    assert config == getattr(mtq, scheme.modelopt)
     assert config is not getattr(mtq, scheme.modelopt)
+    if precision == "int8-weight-only":
+        assert config["algorithm"] == mtq.INT4_AWQ_CFG["algorithm"] != before["algorithm"]
+        assert config["algorithm"] is not mtq.INT4_AWQ_CFG["algorithm"]
+        config["algorithm"] = before["algorithm"]
+    assert config == before == getattr(mtq, scheme.modelopt), "nothing else differs"
 
 
 # ---------------------------------------------------------------- names

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mistral_trt.contract import Ring
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.build import Plan, build_engine, warn_of_waste
 from mistral_trt.engines.callbacks import BuilderLog, make_logger
@@ -38,8 +39,8 @@ Mutation = Callable[[onnx.ModelProto], None]
 
 
 def codes(precision: str, name: str, inside: int, out: int) -> TensorProto:
-    """Random codes, [in, out]."""
-    random = np.random.default_rng(0)
+    """Random codes, [in, out], others for each name: TensorRT stores equal weights once."""
+    random = np.random.default_rng(list(name.encode()))
     kind = WEIGHTS[precision]
     if kind == "int8":
         raw = random.integers(-127, 128, (inside, out), dtype=np.int8).tobytes()
@@ -534,14 +535,17 @@ def test_a_fault_in_a_whole_network_names_the_linear(
 
 
 @pytest.mark.parametrize("precision", ["fp16", *PRECISIONS])
-def test_one_row_leaves_room_for_two_where_weights_are_quantized(fp16: Path, precision: str) -> None:
+def test_profiles_have_room_for_a_second_row_where_codes_would_be_stored_twice(
+    fp16: Path, precision: str
+) -> None:
     contract = replace(read_manifest(fp16).contract, precision=precision)
     assert contract.max_batch_size == 1
-    most = profile_ranges(contract)["decode"][2]["B"]
-    assert most == (1 if precision == "fp16" else 2)
-    assert profile_ranges(contract)["prefill"] == contract.profiles()["prefill"]
-    four = replace(contract, max_batch_size=4)
-    assert profile_ranges(four) == four.profiles()
+    for one in (contract, replace(contract, max_batch_size=4)):
+        most = {name: ranges[2]["B"] for name, ranges in profile_ranges(one).items()}
+        decode = 2 if precision != "fp16" and one.max_batch_size == 1 else one.max_batch_size
+        assert most == {"decode": decode, "prefill": 2 if precision != "fp16" else 1}
+        asked = {name: ranges[:2] for name, ranges in one.profiles().items()}
+        assert {name: ranges[:2] for name, ranges in profile_ranges(one).items()} == asked
 
 
 TARGETS = [("a10g", "int8"), ("a10g", "int8-weight-only"), ("a10g", "int4"), ("l4", "fp8")]
@@ -558,21 +562,26 @@ def test_a_real_plan(quantized: Callable[..., Path], tmp_path: Path, gpu: str, p
     assert details["compiled"]["attention_kernels"] == {"decode": 2, "prefill": 2}
 
 
-def large_linear(precision: str) -> onnx.ModelProto:
-    """One linear of a 7B (4096 → 4096), large enough that its size shows in a plan."""
-    nodes, weights = linear(precision, "a", "x", "y", 4096, 4096)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", "S", 4096]) for name in "xy"]
-    graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], weights)
+def large_linears(precision: str, names: str) -> onnx.ModelProto:
+    """Linears of a 7B (4096 → 4096) that read one tensor, large enough that their size shows in a plan."""
+    made = [linear(precision, name, "x", f"{name}.out", 4096, 4096) for name in names]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", "S", 4096])
+        for name in ("x", *(f"{name}.out" for name in names))
+    ]
+    weights = {tensor.name: tensor for _, tensors in made for tensor in tensors}
+    nodes = [node for found, _ in made for node in found]
+    graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], list(weights.values()))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
 
-def plan_bytes(precision: str, sm: str, ranges: dict[str, Any]) -> int:
-    """Size of the plan of `large_linear` with the profiles' B and S."""
+def plan_bytes(model: onnx.ModelProto, sm: str, ranges: dict[str, Any]) -> int:
+    """Size of the plan of `large_linears` with the profiles' B and S."""
     log = BuilderLog()
     builder = trt.Builder(make_logger(trt, log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, builder.logger)
-    assert parser.parse(large_linear(precision).SerializeToString()), log.problems
+    assert parser.parse(model.SerializeToString()), log.problems
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, sm), 0)
@@ -592,16 +601,31 @@ def plan_bytes(precision: str, sm: str, ranges: dict[str, Any]) -> int:
 )
 def test_the_plan_of_one_row_holds_each_weight_once(fp16: Path, precision: str, sm: str, bits: int) -> None:
     contract = replace(read_manifest(fp16).contract, precision=precision)
-    once = 4096 * 4096 * bits // 8
-    assert plan_bytes(precision, sm, profile_ranges(contract)) < 1.2 * once
+    once, model = 4096 * 4096 * bits // 8, large_linears(precision, "a")
+    assert plan_bytes(model, sm, profile_ranges(contract)) < 1.2 * once
     if precision in ("int8", "fp8"):
-        assert plan_bytes(precision, sm, contract.profiles()) > 1.9 * once  # why `profile_ranges` is there
+        assert plan_bytes(model, sm, contract.profiles()) > 1.9 * once  # why `profile_ranges` is there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "sm", "bits"),
+    [("int8", "SM86", 8), ("int8-weight-only", "SM86", 8), ("int4", "SM86", 4), ("fp8", "SM89", 8)],
+)
+def test_linears_that_read_one_tensor_are_stored_once(fp16: Path, precision: str, sm: str, bits: int) -> None:
+    contract = replace(read_manifest(fp16).contract, precision=precision)
+    contract = replace(contract, ring=Ring(256, 256), max_batch_size=4)
+    once, model = 2 * 4096 * 4096 * bits // 8, large_linears(precision, "ab")
+    assert plan_bytes(model, sm, profile_ranges(contract)) < 1.2 * once
+    if precision == "fp8":
+        assert plan_bytes(model, sm, contract.profiles()) > 1.9 * once  # why `profile_ranges` is there
 
 
 @pytest.mark.slow
 def test_an_int8_linear_does_not_compile_for_a_t4() -> None:
     with pytest.raises(AssertionError, match="FP32 GEMM is not supported"):
-        plan_bytes("int8", "SM75", {"decode": ({"B": 1, "S": 1}, {"B": 4, "S": 1}, {"B": 4, "S": 1})})
+        ranges = ({"B": 1, "S": 1}, {"B": 4, "S": 1}, {"B": 4, "S": 1})
+        plan_bytes(large_linears("int8", "a"), "SM75", {"decode": ranges})
 
 
 @pytest.mark.slow

@@ -87,8 +87,6 @@ def calibrate_layer(
         else:
             following.extend(stream.run(model, batch) for batch in batches(hidden))
 
-    if scheme.activations is None and scheme.weights == "int8":  # ModelOpt looks at the weights alone
-        forward_loop(layer)
     modules = quantize(layer, scheme, forward_loop)
     own = _unify_shared_inputs(modules)
     out = torch.cat(following)

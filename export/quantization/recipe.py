@@ -102,7 +102,7 @@ def quantize_checkpoint(
             for name in by_error(scales)
         ],
         "frontier": [point.to_json() for point in points],
-        "calibration": {**corpus.to_json(), "sliding_window": window, "algorithm": scheme.modelopt},
+        "calibration": {**corpus.to_json(), "sliding_window": window, "algorithm": scheme.algorithm},
     }
     return Quantization(scheme, placement, scales, details)
 
@@ -199,6 +199,7 @@ def _calibration_key(
         "searched_tokens": SEARCHED_TOKENS,
         "sources": source.sources(),
         "scheme": scheme.to_json(),
+        "algorithm": scheme.algorithm,
         "corpus": [corpus.sha256, *corpus.ids.shape],
         "sliding_window": window,
         "lm_head": lm_head,

@@ -34,7 +34,8 @@ class Scheme:
 
     weights: ONNX dtype of the codes.  bound: the largest code.  activations: the same for the input, None
     where it stays float16.  block_size: input features that share a weight scale; None: one scale for each
-    output channel, or one for the whole weight in fp8.
+    output channel, or one for the whole weight in fp8.  modelopt: name of ModelOpt's configuration.
+    awq: whether AWQ searches a pre_quant_scale, whatever that configuration says.
     """
 
     precision: str
@@ -43,9 +44,15 @@ class Scheme:
     activations: str | None
     block_size: int | None
     modelopt: str
+    awq: bool = False
+
+    @property
+    def algorithm(self) -> str:
+        """How ModelOpt calibrates, in a word or two."""
+        return f"{self.modelopt} with AWQ" if self.awq else self.modelopt
 
     def modelopt_config(self) -> dict[str, Any]:
-        """A copy of ModelOpt's own configuration, with our block size."""
+        """A copy of ModelOpt's own configuration, with our block size and AWQ where it is asked for."""
         with quiet_modelopt():
             import modelopt.torch.quantization as mtq
 
@@ -54,6 +61,8 @@ class Scheme:
             blocks = (rule.get("cfg") or {}).get("block_sizes")
             if blocks and -1 in blocks:
                 blocks[-1] = self.block_size
+        if self.awq:
+            config["algorithm"] = copy.deepcopy(mtq.INT4_AWQ_CFG["algorithm"])
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +85,9 @@ def quiet_modelopt() -> Iterator[None]:
 
 _SCHEMES = {
     "int8": Scheme("int8", "int8", 127.0, "int8", None, "INT8_SMOOTHQUANT_CFG"),
-    "int8-weight-only": Scheme("int8-weight-only", "int8", 127.0, None, None, "INT8_WEIGHT_ONLY_CFG"),
+    "int8-weight-only": Scheme(
+        "int8-weight-only", "int8", 127.0, None, None, "INT8_WEIGHT_ONLY_CFG", awq=True
+    ),
     "fp8": Scheme("fp8", "float8_e4m3fn", 448.0, "float8_e4m3fn", None, "FP8_DEFAULT_CFG"),
 }
 
