@@ -23,7 +23,7 @@ from build_fit import Constants, Point, fit, predicted
 from build_models import CLI, PRECISIONS, onnx_folder
 from process import Measurement, machine, run_measured
 
-from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL, build_memory
+from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, build_memory
 from mistral_trt.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL, BuildMemory
+from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory
 
 Constants = dict[tuple[str, str], BuildMemory]
 Matrix = npt.NDArray[np.float64]

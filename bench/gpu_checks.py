@@ -186,7 +186,8 @@ def speed(bench: Bench) -> dict[str, Any]:
         replay = lambda step=step, captured=captured: bench.backend.replay(captured, step)  # noqa: E731
         figures[f"tokens_per_s_b{batch}_graph"] = _rate(replay, batch)
         bench.backend.discard(captured)
-    ceilings = bench.manifest.details["predicted"].get("ceilings", {})
+    details = bench.manifest.details
+    ceilings = details["predicted"].get("ceilings", {}).get(details["gpus"][0], {})
     return {**figures, **_beside(ceilings, figures, most), "log": [_words(figures, batches, ceilings)]}
 
 

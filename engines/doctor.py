@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mistral_trt.contract import CACHE_DTYPES
+from mistral_trt.engines.builder.versions import oldest_usable
 from mistral_trt.engines.flavor import FULL, RTX, Flavor, check_weight_only
 from mistral_trt.engines.gpu import GpuTarget, RtxSupport, can_run, find_gpu, load_catalogue
-from mistral_trt.engines.host import available_memory_bytes
-from mistral_trt.engines.versions import oldest_usable
+from mistral_trt.engines.planning.host import available_memory_bytes
 from mistral_trt.errors import GpuError
 from mistral_trt.packages import installed_version, release
 

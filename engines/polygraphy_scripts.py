@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mistral_trt.artifact import write_file
 from mistral_trt.contract import GraphContract, TensorSpec
-from mistral_trt.engines.network import profile_ranges
+from mistral_trt.engines.network.parse import profile_ranges
 from mistral_trt.errors import BuildError
 from mistral_trt.manifest import GRAPH_NAME
 

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mistral_trt.artifact import new_artifact, require_apart
-from mistral_trt.engines.build import PLAN_NAME, carried_details, place_files
-from mistral_trt.engines.build_memory import EXTERNAL
-from mistral_trt.engines.external import bring_file, refit_weights
+from mistral_trt.engines.build import carried_details, place_files
+from mistral_trt.engines.network.placeholders import bring_file, refit_weights
+from mistral_trt.engines.planning.build_memory import EXTERNAL
 from mistral_trt.errors import BuildError, ManifestError
-from mistral_trt.manifest import GRAPH_NAME, Manifest, manifest_sha256, read_manifest, sha256_file
+from mistral_trt.manifest import (
+    GRAPH_NAME,
+    PLAN_NAME,
+    Manifest,
+    manifest_sha256,
+    read_manifest,
+    sha256_file,
+)
 from mistral_trt.progress import note
 from mistral_trt.weight_index import RefitWeight, read_weight_index
 
@@ -122,9 +129,9 @@ def differences(
 
 def remedy(engine: Manifest, onnx_dir: Path) -> str:
     """The command that builds an engine of the ONNX folder for the engine's GPU."""
-    gpu = engine.details.get("gpu") or "GPU"
+    gpus = ",".join(engine.details.get("gpus") or ["GPU"])
     return (
-        f"mistral-trt build {shlex.quote(str(onnx_dir))} --gpu {shlex.quote(str(gpu))} --weights external "
+        f"mistral-trt build {shlex.quote(str(onnx_dir))} --gpu {shlex.quote(gpus)} --weights external "
         "--out DIR"
     )
 

@@ -14,11 +14,10 @@ from typing import Any
 
 from mistral_trt.devices import Device
 from mistral_trt.errors import EngineMismatchError, ManifestError
-from mistral_trt.manifest import STAGES, Manifest, sha256_file
+from mistral_trt.manifest import PLAN_NAME, STAGES, Manifest, sha256_file
 from mistral_trt.packages import installed_version
 from mistral_trt.weight_index import INDEX_NAME, files_of, read_weight_index
 
-PLAN_NAME = "model.plan"
 FLAVORS = ("tensorrt", "tensorrt-rtx")
 
 _WEIGHTS = ("embedded", "external")
@@ -43,12 +42,9 @@ class EngineDetails:
 
 
 def read_engine_details(manifest: Manifest) -> EngineDetails:
-    """Read and check them. Raises ManifestError naming the field that is missing or wrong.
-
-    An older manifest has one `gpu` and one `compute_capability` where others have lists.
-    """
+    """Read and check them. Raises ManifestError naming the field that is missing or wrong."""
     details = manifest.details
-    capabilities = _names(details, "compute_capabilities", "compute_capability")
+    capabilities = _names(details, "compute_capabilities")
     if not all(re.fullmatch(r"\d+\.\d", capability) for capability in capabilities):
         raise ManifestError(f'compute capabilities must look like "8.6", found {list(capabilities)}')
     predicted = details.get("predicted")
@@ -59,7 +55,7 @@ def read_engine_details(manifest: Manifest) -> EngineDetails:
     rest = predicted["device_bytes"] - predicted["ring_bytes_per_row"] * predicted["max_batch_size"]
     return EngineDetails(
         compute_capabilities=capabilities,
-        gpus=_names(details, "gpus", "gpu"),
+        gpus=_names(details, "gpus"),
         gpu_name=_text(details, "gpu_name"),
         flavor=_one_of(details, "flavor", FLAVORS),
         version=_text(details, "tensorrt"),
@@ -156,17 +152,14 @@ def _refuse_memory(
     contract = manifest.contract
     rest = details.device_bytes - contract.max_batch_size * contract.ring_bytes_per_row
     rows = (memory_bytes - rest) // contract.ring_bytes_per_row
-    remedy = (
-        f"export with fewer rows: mistral-trt export CHECKPOINT --max-batch-size {rows} --out ONNX_DIR, then "
-        if rows >= 1
-        else "not one row would fit, so build for a larger GPU: "
-    )
+    fewer = f" --max-batch-size {rows}" if rows >= 1 else ""
+    remedy = "build with fewer rows: " if rows >= 1 else "not one row would fit, so build for a larger GPU: "
     target = shlex.quote(name) if rows >= 1 else "GPU"
     raise EngineMismatchError(
         f"{folder} needs {details.device_bytes / 1e9:.2f} GB of GPU memory by prediction "
         f"({contract.max_batch_size} rows of {contract.ring_bytes_per_row / 1e9:.3f} GB among it), "
         f"and {name} has {memory_bytes / 1e9:.2f} GB; {remedy}"
-        f"mistral-trt build ONNX_DIR --gpu {target} --out {shlex.quote(str(folder))}"
+        f"mistral-trt build ONNX_DIR --gpu {target}{fewer} --out {shlex.quote(str(folder))}"
     )
 
 
@@ -174,15 +167,14 @@ def _rebuild(folder: Path, gpu: str) -> str:
     return f"mistral-trt build ONNX_DIR --gpu {shlex.quote(gpu)} --out {shlex.quote(str(folder))}"
 
 
-def _names(details: Mapping[str, Any], several: str, one: str) -> tuple[str, ...]:
-    """The list under `several`, or the single name under `one`."""
-    found = details.get(several, [details.get(one)])
+def _names(details: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = details.get(key)
     if (
         not isinstance(found, list)
         or not found
         or not all(isinstance(name, str) and name.strip() for name in found)
     ):
-        raise ManifestError(f"details.{several} must be a list of names, found {found!r}")
+        raise ManifestError(f"details.{key} must be a list of names, found {found!r}")
     return tuple(" ".join(name.split()) for name in found)
 
 

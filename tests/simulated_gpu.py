@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mistral_trt.contract import GraphContract, TensorSpec
-from mistral_trt.engines.network import profile_ranges
+from mistral_trt.engines.network.parse import profile_ranges
 from mistral_trt.runtime.onnxruntime_backend import open_session
 
 Work = Callable[[], object]

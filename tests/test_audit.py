@@ -15,12 +15,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mistral_trt.engines import audit as audit_module
-from mistral_trt.engines.audit import AuditReport, audit, audit_float32
-from mistral_trt.engines.budget import predict
 from mistral_trt.engines.build import Plan, build_engine, engine_details
-from mistral_trt.engines.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
 from mistral_trt.engines.gpu import find_gpu
-from mistral_trt.engines.network import ParsedNetwork, parse_network
+from mistral_trt.engines.network.audit import AuditReport, audit, audit_float32
+from mistral_trt.engines.network.parse import ParsedNetwork, parse_network
+from mistral_trt.engines.planning.budget import predict
 from mistral_trt.errors import BuildError
 from mistral_trt.inspect import describe, inspect
 from mistral_trt.manifest import read_manifest

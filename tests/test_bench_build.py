@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral_trt.engines.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, BuildMemory
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, BuildMemory
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
 from tests.conftest import Folder

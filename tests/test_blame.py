@@ -3,7 +3,7 @@
 import onnx
 import pytest
 
-from mistral_trt.engines.blame import blame, blaming, module_of
+from mistral_trt.engines.network.blame import blame, blaming, module_of
 from mistral_trt.errors import BuildError, ManifestError
 from tests.conftest import Folder
 

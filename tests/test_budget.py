@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mistral_trt.config import ModelConfig
 from mistral_trt.contract import CACHE_DTYPES, GraphContract, plan_contract
-from mistral_trt.engines.budget import (
+from mistral_trt.engines.gpu import GpuTarget, find_gpu, load_catalogue
+from mistral_trt.engines.planning.budget import (
     RESERVE_BYTES,
     Budget,
     check_host,
@@ -17,10 +18,9 @@ from mistral_trt.engines.budget import (
     predict,
     usable_bytes,
 )
-from mistral_trt.engines.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, build_memory
-from mistral_trt.engines.gpu import GpuTarget, find_gpu, load_catalogue
-from mistral_trt.engines.remedy import check_device
-from mistral_trt.engines.sizes import (
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, build_memory
+from mistral_trt.engines.planning.remedy import check_device
+from mistral_trt.engines.planning.sizes import (
     activation_bytes,
     linear_elements,
     logits_bytes,

@@ -25,9 +25,8 @@ from mistral_trt.engines import audit as audit_module
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines import network as network_module
 from mistral_trt.engines.__main__ import build as build_command
-from mistral_trt.engines.audit import AuditReport, attentions, audit
 from mistral_trt.engines.build import build_engine, build_plan, builder_config, require_clean
-from mistral_trt.engines.callbacks import (
+from mistral_trt.engines.builder.callbacks import (
     ALLOWED_WARNINGS,
     AllowedWarning,
     BuilderLog,
@@ -36,10 +35,11 @@ from mistral_trt.engines.callbacks import (
     make_logger,
     only_build,
 )
-from mistral_trt.engines.compiled import compiled_summary
+from mistral_trt.engines.builder.compiled import compiled_summary
 from mistral_trt.engines.flavor import RTX
 from mistral_trt.engines.gpu import find_gpu
-from mistral_trt.engines.network import (
+from mistral_trt.engines.network.audit import AuditReport, attentions, audit
+from mistral_trt.engines.network.parse import (
     ParsedNetwork,
     add_profiles,
     attend_ring_itself,

@@ -8,12 +8,12 @@ import pytest
 from mistral_trt.cli import run
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.__main__ import build as build_command
-from mistral_trt.engines.budget import predict
 from mistral_trt.engines.build import build_engine
-from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL
-from mistral_trt.engines.dry_run import describe_budget, dry_run, to_json
 from mistral_trt.engines.gpu import find_gpu
-from mistral_trt.engines.roofline import ceilings
+from mistral_trt.engines.planning.budget import predict
+from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
+from mistral_trt.engines.planning.dry_run import describe_budget, dry_run, to_json
+from mistral_trt.engines.planning.roofline import ceilings
 from mistral_trt.errors import BuildError, ConfigError
 from tests.conftest import Folder
 from tests.test_budget import FLOAT_BYTES, contract_7b

@@ -15,8 +15,9 @@ from mistral_trt.contract import QUANTIZED
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines import external as external_module
 from mistral_trt.engines.build import build_engine, choose_weights
-from mistral_trt.engines.callbacks import BuilderLog, make_logger
-from mistral_trt.engines.external import (
+from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.network.parse import ParsedNetwork, parse_network
+from mistral_trt.engines.network.placeholders import (
     bring_file,
     check_external_plan,
     placeholder_name,
@@ -24,8 +25,7 @@ from mistral_trt.engines.external import (
     replace_by_placeholders,
     set_external,
 )
-from mistral_trt.engines.network import ParsedNetwork, parse_network
-from mistral_trt.engines.quantized import Wiring, read_quantization
+from mistral_trt.engines.network.quantized import Wiring, read_quantization
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest

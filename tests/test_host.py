@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mistral_trt.artifact import free_disk_bytes
-from mistral_trt.engines.host import available_memory_bytes, can_link
+from mistral_trt.engines.planning.host import available_memory_bytes, can_link
 
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:

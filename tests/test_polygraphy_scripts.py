@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mistral_trt.contract import plan_contract
-from mistral_trt.engines.network import profile_ranges
+from mistral_trt.engines.network.parse import profile_ranges
 from mistral_trt.engines.polygraphy_scripts import (
     TOLERANCES,
     polygraphy_folder,

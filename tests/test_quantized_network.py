@@ -14,9 +14,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mistral_trt.contract import Ring
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.build import Plan, build_engine, warn_of_waste
-from mistral_trt.engines.callbacks import BuilderLog, make_logger
-from mistral_trt.engines.network import parse_network, profile_ranges
-from mistral_trt.engines.quantized import Quantization, audit_quantized, carried, read_quantization
+from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.network.parse import parse_network, profile_ranges
+from mistral_trt.engines.network.quantized import Quantization, audit_quantized, carried, read_quantization
 from mistral_trt.errors import BuildError, GpuError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.inspect import describe

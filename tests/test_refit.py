@@ -17,7 +17,7 @@ from mistral_trt.engines import build as build_module
 from mistral_trt.engines import refit as refit_module
 from mistral_trt.engines.__main__ import refit as refit_command
 from mistral_trt.engines.build import Plan, build_engine
-from mistral_trt.engines.external import refit_weights
+from mistral_trt.engines.network.placeholders import refit_weights
 from mistral_trt.engines.refit import differences, refit_engine
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint

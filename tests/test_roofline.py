@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from mistral_trt.contract import plan_contract
-from mistral_trt.engines.budget import Budget, predict
 from mistral_trt.engines.gpu import find_gpu, load_catalogue
-from mistral_trt.engines.roofline import ceilings, read_bytes, token_seconds
-from mistral_trt.engines.sizes import quantized_linear_bytes
+from mistral_trt.engines.planning.budget import Budget, predict
+from mistral_trt.engines.planning.roofline import ceilings, read_bytes, token_seconds
+from mistral_trt.engines.planning.sizes import quantized_linear_bytes
 from tests.test_budget import FLOAT_BYTES, MISTRAL_7B
 
 LINEARS = 13_958_643_712  # bytes of a 7B's linears in float16

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from mistral_trt.engines.gpu import RTX_TARGETS
-from mistral_trt.engines.tensorrt_api import (
+from mistral_trt.engines.builder.api import (
     BUILDER,
     BUILDER_ENUMS,
     RTX_ONLY,
@@ -21,6 +20,7 @@ from mistral_trt.engines.tensorrt_api import (
     SIGNATURES,
     listed,
 )
+from mistral_trt.engines.gpu import RTX_TARGETS
 
 trt = pytest.importorskip("tensorrt_rtx")
 

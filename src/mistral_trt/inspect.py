@@ -28,9 +28,11 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("ring", f"W={ring.sliding_window} C={ring.prefill_chunk} R={ring.capacity}; {end}"),
         ("rows", f"{contract.max_batch_size}, {size(contract.ring_bytes_per_row)} of ring each"),
     ]
-    for key in ("name", "gpu_name", "compute_capability", "flavor", "tensorrt", "weights", "graph_sha256"):
+    for key in ("name", "gpu_name", "flavor", "tensorrt", "weights", "graph_sha256"):
         if isinstance(details.get(key), str):
             rows.append((key.replace("_", " "), details[key]))
+    if capabilities := details.get("compute_capabilities"):
+        rows.append(("compute capabilities", ", ".join(capabilities)))
     rows += weights_rows(details)
     rows += [(f"from {stage}", sha256) for stage, sha256 in manifest.sources.items()]
     rows += [(name.replace("_", " "), counts(details[name])) for name in _COUNTS if details.get(name)]

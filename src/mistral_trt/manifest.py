@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 GRAPH_NAME = "model.onnx"
 """The decode graph of an ONNX folder."""
 
+PLAN_NAME = "model.plan"
+"""TensorRT's plan in an engine folder."""
+
 STAGES = {
     "onnx": "mistral-trt export CHECKPOINT --out {folder}",
     "engine": "mistral-trt build ONNX_DIR --gpu GPU --out {folder}",

@@ -7,9 +7,9 @@ matrix units' peak. gpt-fast, for one, reaches 69 % of an A100's bandwidth in bf
 
 from dataclasses import asdict, dataclass
 
-from mistral_trt.engines.budget import Budget
 from mistral_trt.engines.gpu import GpuTarget
-from mistral_trt.engines.sizes import embedding_bytes, linear_elements
+from mistral_trt.engines.planning.budget import Budget
+from mistral_trt.engines.planning.sizes import embedding_bytes, linear_elements
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.contract import GraphContract, TensorSpec
-from mistral_trt.engines.blame import blaming
-from mistral_trt.engines.quantized import Quantization, Wiring, audit_quantized
+from mistral_trt.engines.network.blame import blaming
+from mistral_trt.engines.network.quantized import Quantization, Wiring, audit_quantized
 from mistral_trt.errors import BuildError
 
 _KEY, _VALUE = 1, 2  # inputs of IAttention; the mask has an accessor of its own

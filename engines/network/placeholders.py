@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from mistral_trt.artifact import MANIFEST_NAME, link_file, require_space
-from mistral_trt.engines.quantized import Wiring
+from mistral_trt.engines.network.quantized import Wiring
 from mistral_trt.errors import BuildError, ManifestError
 from mistral_trt.progress import note, track
 from mistral_trt.weight_index import INDEX_NAME, RefitWeight, check_places, files_of

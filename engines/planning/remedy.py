@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mistral_trt.contract import DTYPE_BYTES, QUANTIZED
-from mistral_trt.engines.budget import Budget, usable_bytes
 from mistral_trt.engines.gpu import GpuTarget, can_run, load_catalogue
-from mistral_trt.engines.sizes import linear_elements, quantized_linear_bytes
+from mistral_trt.engines.planning.budget import Budget, usable_bytes
+from mistral_trt.engines.planning.sizes import linear_elements, quantized_linear_bytes
 from mistral_trt.errors import BuildError
 
 _SMALLER = ("int8", "int8-weight-only", "int4")  # from the widest codes to the narrowest

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL, BuildMemory, build_memory
 from mistral_trt.engines.gpu import GpuTarget
-from mistral_trt.engines.sizes import activation_bytes, logits_bytes
+from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory, build_memory
+from mistral_trt.engines.planning.sizes import activation_bytes, logits_bytes
 from mistral_trt.errors import BuildError
 
 RESERVE_BYTES = 1_600_000_000

@@ -1,30 +1,26 @@
 """ONNX folder + GPU → what a build and its engine would need, printed; nothing is built."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mistral_trt.engines.budget import Budget, build_parts, gigabytes, usable_bytes
-from mistral_trt.engines.build import (
-    check_target,
-    predict_budget,
-    settle_weights,
-    with_rows,
-)
-from mistral_trt.engines.build_memory import EMBEDDED, EXTERNAL
 from mistral_trt.engines.flavor import AUTO
 from mistral_trt.engines.gpu import GpuTarget
-from mistral_trt.engines.host import can_link
-from mistral_trt.engines.quantized import read_quantization
-from mistral_trt.engines.remedy import check_device
-from mistral_trt.engines.roofline import Ceilings, ceilings
+from mistral_trt.engines.network.quantized import read_quantization
+from mistral_trt.engines.planning.budget import Budget, build_parts, gigabytes, usable_bytes
+from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
+from mistral_trt.engines.planning.host import can_link
+from mistral_trt.engines.planning.remedy import check_device
+from mistral_trt.engines.planning.roofline import Ceilings, ceilings
+from mistral_trt.engines.planning.settle import check_target, predict_budget, settle_weights, with_rows
 from mistral_trt.errors import BuildError
 from mistral_trt.manifest import read_manifest
 
 
 def dry_run(
     onnx_dir: Path,
-    gpu: str,
+    gpus: str | Iterable[str],
     out: Path,
     *,
     flavor: str = AUTO,
@@ -37,36 +33,43 @@ def dry_run(
     Arguments as of `build.build_engine`, and its errors; out: only the disk it would lie on is looked at.
     """
     source = with_rows(read_manifest(onnx_dir, "onnx", check_files=False), max_batch_size)
-    target, _ = check_target(gpu, source.contract.precision, flavor)
+    targets, _ = check_target(gpus, source.contract.precision, flavor)
     budget, refusal = predict_budget(source, read_quantization(source)), None
     try:
-        check_device(budget, target)
+        check_device(budget, targets.smallest)
         budget = settle_weights(weights, budget, onnx_dir, out)
     except BuildError as error:
         refusal = error
         budget = replace(budget, weights=EXTERNAL if weights == EXTERNAL else EMBEDDED)
-    roof, linked = ceilings(budget, target), can_link(onnx_dir, out)
+    linked = can_link(onnx_dir, out)
     if as_json:
-        print(json.dumps(to_json(budget, target, roof, linked=linked, refusal=refusal), indent=2))
+        print(json.dumps(to_json(budget, targets.targets, linked=linked, refusal=refusal), indent=2))
     else:
-        for label, text in describe_budget(budget, target, roof, linked=linked):
-            print(f"{label:<24}{text}")
+        for target in targets.targets:
+            for label, text in describe_budget(budget, target, ceilings(budget, target), linked=linked):
+                print(f"{label:<24}{text}")
     if refusal is not None:
         raise refusal
 
 
 def to_json(
-    budget: Budget, gpu: GpuTarget, roof: Ceilings, *, linked: bool, refusal: Exception | None = None
+    budget: Budget, gpus: Sequence[GpuTarget], *, linked: bool, refusal: Exception | None = None
 ) -> dict[str, object]:
     """The rows as numbers.  refusal: null where a build would start."""
     return {
-        "gpu": gpu.key,
         "weights": budget.weights,
-        "predicted": {**budget.to_json(), "ceilings": roof.to_json()},
+        "predicted": budget.to_json(),
         "disk_bytes": budget.disk_bytes(linked=linked),
         "rings_bytes": budget.rings_bytes,
-        "usable_bytes": usable_bytes(gpu),
-        "rows_that_fit": budget.rows_that_fit(gpu),
+        "gpus": [
+            {
+                "gpu": gpu.key,
+                "usable_bytes": usable_bytes(gpu),
+                "rows_that_fit": budget.rows_that_fit(gpu),
+                "ceilings": ceilings(budget, gpu).to_json(),
+            }
+            for gpu in gpus
+        ],
         "refusal": None if refusal is None else str(refusal),
     }
 

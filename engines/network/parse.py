@@ -13,10 +13,10 @@ from typing import Any
 import onnx
 
 from mistral_trt.contract import QUANTIZED, GraphContract, TensorSpec
-from mistral_trt.engines.audit import AuditReport, attentions, audit
-from mistral_trt.engines.blame import blame, blaming
-from mistral_trt.engines.callbacks import BuilderLog
-from mistral_trt.engines.quantized import Quantization
+from mistral_trt.engines.builder.callbacks import BuilderLog
+from mistral_trt.engines.network.audit import AuditReport, attentions, audit
+from mistral_trt.engines.network.blame import blame, blaming
+from mistral_trt.engines.network.quantized import Quantization
 from mistral_trt.errors import BuildError
 
 _KEY = 1  # an input of IAttention
