@@ -14,9 +14,12 @@ DEMO_MODEL := build/models/smollm2-135m-instruct
 # Set these on make's command line. A variable of that name in the environment is not ours (GNU screen sets
 # WINDOW, for one) and does not count.
 MODEL = $(DEMO_MODEL)
+# One GPU, several with blanks between them for an engine each, or with commas for one that serves them all.
 GPU = a10g
 PRECISION = fp16
 FLAVOR = auto
+# auto, embedded (in the plan) or external (beside it)
+WEIGHTS =
 # Left empty, these keep the checkpoint's window and the defaults of `mistral-trt export`.
 WINDOW =
 CHUNK =
@@ -43,22 +46,24 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLI := $(BIN)/mistral-trt
 GPUS := $(sort $(basename $(notdir $(wildcard engines/gpus/*.toml))))
+comma := ,
 
 override GPU := $(shell printf '%s' '$(GPU)' | tr 'A-Z' 'a-z')
 
-ifneq ($(filter engine,$(MAKECMDGOALS)),)
-  ifneq ($(words $(GPU)) $(filter $(GPU),$(GPUS)),1 $(GPU))
-    $(error unknown GPU '$(GPU)'; known: $(GPUS))
+ifneq ($(filter engine gpu-acceptance,$(MAKECMDGOALS)),)
+  UNKNOWN := $(filter-out $(GPUS),$(subst $(comma), ,$(GPU)))
+  ifneq ($(if $(strip $(GPU)),$(UNKNOWN),none),)
+    $(error unknown GPU '$(or $(UNKNOWN),$(GPU))'; known: $(GPUS))
   endif
 endif
 ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
-.PHONY: help demo engine report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization clean .engine .report .onnx
+.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization clean .engine .report .onnx
 
 help: ## show this list
-	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
 	@echo '     PRECISION: fp32 fp16 bf16, or int8 int8-weight-only int4 fp8 with [CALIBRATION=text KEEP=pattern QUALITY=perplexity=1.03]'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
 	  do printf '  %-12s %s\n' "$$target" "$$words"; done
@@ -68,15 +73,23 @@ help: ## show this list
 demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
 	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
 	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
-	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WEIGHTS= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
 	@$(BIN)/python bench/demo_summary.py build/demo
 
 engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT engine for GPU=…, from MODEL=…
-	@$(CLI) gpus --check $(GPU) --precision $(PRECISION) --flavor $(FLAVOR)
-	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .engine RUN=build/$$run
+	@for gpu in $(GPU); do $(CLI) gpus --check $$gpu --precision $(PRECISION) --flavor $(FLAVOR); done
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); \
+	  for gpu in $(GPU); do $(MAKE) .engine RUN=build/$$run GPU=$$gpu; done
+
+engines: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## an engine for every GPU that one can be built for here
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); \
+	  for gpu in $(GPUS); do \
+	    if $(CLI) gpus --check $$gpu --precision $(PRECISION) --flavor $(FLAVOR); \
+	    then $(MAKE) .engine RUN=build/$$run GPU=$$gpu; fi; \
+	  done
 
 report: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the numeric report of MODEL=… at PRECISION=…
 	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .report RUN=build/$$run
@@ -147,7 +160,7 @@ EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefi
   $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
   $(QUANTIZATION)
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
-ENGINE := $(RUN)/engines/$(GPU)-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))
+ENGINE := $(RUN)/engines/$(subst $(comma),+,$(GPU))-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))$(if $(WEIGHTS),-$(WEIGHTS))
 REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
 PASSED := $(RUN)/.report-$(PRECISION)$(SUFFIX).passed
 CORE := $(wildcard src/mistral_trt/*.py)
@@ -162,8 +175,8 @@ CORE := $(wildcard src/mistral_trt/*.py)
 $(ONNX)/manifest.json: $(wildcard export/*.py export/quantization/*.* $(CALIBRATION)) $(CORE)
 	@$(CLI) export '$(MODEL)' $(LORA_FLAGS) --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
 
-$(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/gpus/$(GPU).toml
-	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) --out $(@D) > /dev/null
+$(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py engines/*/*.py) $(patsubst %,engines/gpus/%.toml,$(subst $(comma), ,$(GPU)))
+	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS)) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
 $(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)

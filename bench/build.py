@@ -1,7 +1,7 @@
 """Engine builds of Mistral 7B at several depths → seconds, memory and plan size, beside what was predicted.
 
 For an A10G with TensorRT-RTX, two profiles, 8 rows, chunks of 256, in fp16, int8 and int4, weights embedded
-in the plan and external to it. The constants of the memory model (engines/build_memory.py) are fitted to the
+in the plan and external to it. The constants of the memory model (engines/planning/build_memory.py) are fitted to the
 shallow builds; the deep ones judge them. What the build itself refuses for want of memory is not run.
 
 Bounds: deep builds within 15 % of the prediction; external within 60 s and 2 GB; embedded int8 and int4
@@ -162,7 +162,7 @@ def broken(found: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as Markdown, then the lines of engines/build_memory.py that were fitted."""
+    """The figures as Markdown, then the lines of engines/planning/build_memory.py that were fitted."""
     head = ("build", "layers", "seconds", "peak memory, GB", "predicted, GB", "error", "plan, MB")
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for found in results["builds"]:

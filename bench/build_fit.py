@@ -1,4 +1,4 @@
-"""Builds that were measured → the constants of engines/build_memory.py.
+"""Builds that were measured → the constants of engines/planning/build_memory.py.
 
 Two depths of one model determine two constants of each series, so each series has two that are free, and
 takes the rest from the series that measures it alone:

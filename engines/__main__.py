@@ -26,10 +26,9 @@ def build(argv: list[str]) -> int:
     cache = None if args.no_cache else EngineCache(limit_bytes=int(args.cache_gb * 1e9))
     manifest = build_engine(args.onnx, args.gpu, args.out, cache=cache, **settings)
     if args.polygraphy:
-        details = manifest.details
-        note(
-            f"{write_polygraphy(args.onnx, args.out, manifest.contract, **_of_plan(details))}: see its README"
-        )
+        plan = {key: manifest.details[key] for key in ("flavor", "weights")}
+        folder = write_polygraphy(args.onnx, args.out, manifest.contract, **plan)
+        note(f"{folder}: commands that compare the engine with its ONNX folder")
     print(args.out)
     return 0
 

@@ -14,13 +14,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mistral_trt.engines import audit as audit_module
-from mistral_trt.engines.build import Plan, build_engine, engine_details
+from mistral_trt.engines.build import build_engine, engine_details
 from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.builder.plan import Plan
 from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.network import audit as audit_module
 from mistral_trt.engines.network.audit import AuditReport, audit, audit_float32
 from mistral_trt.engines.network.parse import ParsedNetwork, parse_network
 from mistral_trt.engines.planning.budget import predict
+from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import BuildError
 from mistral_trt.inspect import describe, inspect
 from mistral_trt.manifest import read_manifest
@@ -91,7 +93,8 @@ def test_the_manifest_and_inspect_repeat_it(
     report = AuditReport((("ring writes", "4, each from its past to its present"),))
     manifest = read_manifest(fp16)
     budget = predict(manifest.contract, manifest.details["weights_bytes"])
-    details = engine_details(find_gpu("l4"), "tensorrt-rtx", "1.7.1", budget, Plan("", 1, {}, {}, report))
+    targets, plan = TargetSet((find_gpu("l4"),)), Plan("", 1, {"audit": report.to_json()})
+    details = engine_details(targets, "tensorrt-rtx", "1.7.1", budget, plan)
     assert details["audit"] == [{"check": "ring writes", "found": "4, each from its past to its present"}]
     shown = replace(manifest, details={**manifest.details, **details})
     assert dict(describe(shown))["audit: ring writes"] == "4, each from its past to its present"

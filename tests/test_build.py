@@ -21,11 +21,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from mistral_trt.contract import GraphContract, Ring
-from mistral_trt.engines import audit as audit_module
 from mistral_trt.engines import build as build_module
-from mistral_trt.engines import network as network_module
+from mistral_trt.engines import build_key as key_module
+from mistral_trt.engines import targets as targets_module
 from mistral_trt.engines.__main__ import build as build_command
-from mistral_trt.engines.build import build_engine, build_plan, builder_config, require_clean
+from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.builder import plan as plan_module
 from mistral_trt.engines.builder.callbacks import (
     ALLOWED_WARNINGS,
     AllowedWarning,
@@ -36,8 +37,12 @@ from mistral_trt.engines.builder.callbacks import (
     only_build,
 )
 from mistral_trt.engines.builder.compiled import compiled_summary
+from mistral_trt.engines.builder.plan import Plan, build_plan, builder_config, require_clean
+from mistral_trt.engines.engine_cache import EngineCache
 from mistral_trt.engines.flavor import RTX
 from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.network import audit as audit_module
+from mistral_trt.engines.network import parse as parse_module
 from mistral_trt.engines.network.audit import AuditReport, attentions, audit
 from mistral_trt.engines.network.parse import (
     ParsedNetwork,
@@ -47,6 +52,8 @@ from mistral_trt.engines.network.parse import (
     one_line,
     parse_network,
 )
+from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
@@ -55,6 +62,7 @@ from tests.models import write_checkpoint, write_tokenizer
 trt = pytest.importorskip("tensorrt_rtx")
 
 Mutation = Callable[[onnx.ModelProto], None]
+A10G, L4 = (TargetSet((find_gpu(key),)) for key in ("a10g", "l4"))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +198,7 @@ def test_a_graph_tensorrt_refuses_names_the_node(
     mutation: Mutation,
     message: str,
 ) -> None:
-    monkeypatch.setattr(network_module, "check_operators", lambda path: None)
+    monkeypatch.setattr(parse_module, "check_operators", lambda path: None)
     with pytest.raises(BuildError, match=message) as error:
         parse(mutated(mutation), contract)
     assert "\n" not in str(error.value)
@@ -351,16 +359,16 @@ def test_a_ring_tensorrt_does_not_take_as_keys(
         get_input=lambda index: SimpleNamespace(name="product"),
         set_input=lambda index, tensor: False,
     )
-    monkeypatch.setattr(network_module, "attentions", lambda trt, network: [attention])
-    monkeypatch.setattr(network_module, "_producers", lambda network: {"product": product})
-    monkeypatch.setattr(network_module, "_is_product", lambda trt, layer: True)
+    monkeypatch.setattr(parse_module, "attentions", lambda trt, network: [attention])
+    monkeypatch.setattr(parse_module, "_producers", lambda network: {"product": product})
+    monkeypatch.setattr(parse_module, "_is_product", lambda trt, layer: True)
     with pytest.raises(BuildError, match=r"a: TensorRT does not take 'present.0.key' as keys"):
         attend_ring_itself(trt, None, contract)
 
 
 def test_profiles_are_the_contracts_in_its_order(fp16: Path, contract: GraphContract) -> None:
     parsed = parse(fp16 / "model.onnx", contract)
-    config = builder_config(trt, parsed.builder, contract, find_gpu("l4"), RTX)
+    config = builder_config(trt, parsed.builder, contract, L4, RTX)
     assert config.num_optimization_profiles == 2
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
 
@@ -375,11 +383,11 @@ def test_a_refused_profile_is_named(contract: GraphContract) -> None:
 
 
 def test_a_target_the_builder_does_not_know(contract: GraphContract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "add_profiles", lambda builder, config, contract: None)
+    monkeypatch.setattr(plan_module, "add_profiles", lambda builder, config, contract: None)
     config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
     builder = SimpleNamespace(create_builder_config=lambda: config)
     with pytest.raises(BuildError, match=r"tensorrt-rtx .* does not take SM86 as a target"):
-        builder_config(trt, builder, contract, find_gpu("a10g"), RTX)
+        builder_config(trt, builder, contract, A10G, RTX)
 
 
 # --- what TensorRT says while it builds -----------------------------------------------------------------
@@ -590,8 +598,8 @@ def test_a_real_plan(folders: Callable[[str], Path], tmp_path: Path, gpu: str, p
 @pytest.mark.slow
 def test_what_the_manifest_of_a_real_plan_says(fp16: Path, tmp_path: Path) -> None:
     details = build_engine(fp16, "NVIDIA A10G", tmp_path / "engine", flavor="tensorrt-rtx").details
-    assert (details["gpu"], details["gpu_name"]) == ("a10g", "NVIDIA A10G")
-    assert (details["compute_capability"], details["flavor"]) == ("8.6", "tensorrt-rtx")
+    assert (details["gpus"], details["gpu_name"]) == (["a10g"], "NVIDIA A10G")
+    assert (details["compute_capabilities"], details["flavor"]) == (["8.6"], "tensorrt-rtx")
     assert (details["tensorrt"], details["weights"]) == (trt.__version__, "embedded")
     compiled = details["compiled"]
     assert compiled["attention_kernels"] == {"decode": 2, "prefill": 2}
@@ -610,8 +618,8 @@ def test_two_builds_differ_in_nothing_but_the_plans_hash(fp16: Path, tmp_path: P
 def test_without_the_rewiring_every_layer_copies_its_key_ring(
     fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(network_module, "attend_ring_itself", lambda trt, network, contract: None)
-    monkeypatch.setattr(network_module, "audit", lambda *network: AuditReport())
+    monkeypatch.setattr(parse_module, "attend_ring_itself", lambda trt, network, contract: None)
+    monkeypatch.setattr(parse_module, "audit", lambda *network: AuditReport())
     manifest = build_engine(fp16, "a10g", tmp_path / "engine")
     assert manifest.details["compiled"]["ring_copies"] == {"decode": 2, "prefill": 2}
     assert "the plan copies whole rings in every step" in caplog.text
@@ -634,19 +642,19 @@ def test_an_input_that_tensorrt_ignores_fails_the_build(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(network_module, "audit", lambda *network: AuditReport())
+    monkeypatch.setattr(parse_module, "audit", lambda *network: AuditReport())
     with (
         (tmp_path / "plan").open("wb") as file,
         pytest.raises(BuildError, match="cleanly: Unused Input: extra"),
     ):
-        build_plan(trt, mutated(add_unused_input), contract, find_gpu("a10g"), RTX, file)
+        build_plan(trt, mutated(add_unused_input), contract, A10G, RTX, file)
 
 
 @pytest.mark.slow
 def test_a_failed_build_leaves_nothing(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "check_precision", lambda gpu, precision: None)
+    monkeypatch.setattr(targets_module, "check_precision", lambda gpu, precision: None)
     with pytest.raises(BuildError, match=r"did not build cleanly: .*sm75, because the model contains .*b16"):
         build_engine(folders("bf16"), "t4", tmp_path / "engine")
     with pytest.raises(BuildError, match="Attention operation was not supported by a dedicated kernel"):
@@ -657,7 +665,7 @@ def test_a_failed_build_leaves_nothing(
 @pytest.mark.slow
 def test_a_full_disk_is_reported_as_such(fp16: Path, contract: GraphContract) -> None:
     with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, file)
+        build_plan(trt, fp16 / "model.onnx", contract, A10G, RTX, file)
 
 
 @pytest.mark.slow
@@ -694,9 +702,9 @@ def test_a_build_after_one_that_failed_has_tensorrts_logger(
     """A caught error keeps the failed build's builder alive, and with it TensorRT's idea of the logger."""
     wrong = read_manifest(folders("fp32")).contract
     with pytest.raises(BuildError) as error:
-        build_plan(trt, folders("fp32") / "model.onnx", wrong, find_gpu("a10g"), RTX, io.BytesIO())
-    plan = build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, io.BytesIO())
-    assert plan.layers["ATTENTION_INPUT"] == 2
+        build_plan(trt, folders("fp32") / "model.onnx", wrong, A10G, RTX, io.BytesIO())
+    plan = build_plan(trt, fp16 / "model.onnx", contract, A10G, RTX, io.BytesIO())
+    assert plan.details["network_layers"]["ATTENTION_INPUT"] == 2
     assert error.traceback  # still held
 
 
@@ -782,7 +790,7 @@ def test_fp32_is_refused_before_a_build(fp16: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_refused_before_a_build(
     fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(BuildError, match=r"predicted: the build needs .* and 0.50 GB is available"):
         build_engine(fp16, "a10g", tmp_path / "engine")
 

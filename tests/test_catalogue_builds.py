@@ -127,8 +127,8 @@ def test_it_builds_or_says_why_not(
     built = build_engine(folders(precision), GPUS[capability], out, flavor="tensorrt-rtx")
     manifest = read_manifest(out, "engine")
     assert manifest == built
-    assert manifest.details["compute_capability"] == capability
-    assert (manifest.details["gpu"], manifest.details["flavor"]) == (GPUS[capability], "tensorrt-rtx")
+    assert manifest.details["compute_capabilities"] == [capability]
+    assert (manifest.details["gpus"], manifest.details["flavor"]) == ([GPUS[capability]], "tensorrt-rtx")
     assert manifest.contract.precision == precision
     assert manifest.details["compiled"]["attention_kernels"] == {"decode": 1, "prefill": 1}
     shutil.rmtree(out)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mistral_trt.cli import run
-from mistral_trt.engines import build as build_module
 from mistral_trt.engines.__main__ import build as build_command
 from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.planning import settle as settle_module
 from mistral_trt.engines.planning.budget import predict
 from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
 from mistral_trt.engines.planning.dry_run import describe_budget, dry_run, to_json
@@ -37,7 +37,7 @@ LABELS = [
 @pytest.fixture
 def onnx(onnx_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny ONNX folder on a machine with memory for any build of it."""
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 8_000_000_000)
     return onnx_folder(precision="fp16")
 
 
@@ -81,15 +81,16 @@ def test_a_dry_run_as_json(onnx: Path, tmp_path: Path, capsys: pytest.CaptureFix
     words = [str(onnx), "--gpu", "l4", "--out", str(tmp_path / "engine"), "--weights", "external"]
     assert build_command([*words, "--dry-run", "--json", "--max-batch-size", "32"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["gpu"], found["weights"], found["refusal"]) == ("l4", "external", None)
+    assert (found["weights"], found["refusal"]) == ("external", None)
     assert found["predicted"]["max_batch_size"] == 32
     assert found["rings_bytes"] == 32 * found["predicted"]["ring_bytes_per_row"]
-    assert set(found["predicted"]["ceilings"]) == {
+    (gpu,) = found["gpus"]
+    assert gpu["gpu"] == "l4" and gpu["rows_that_fit"] > 32 and gpu["usable_bytes"] < 24e9
+    assert set(gpu["ceilings"]) == {
         "decode_tokens_per_s",
         "decode_all_rows_tokens_per_s",
         "prefill_tokens_per_s",
     }
-    assert found["rows_that_fit"] > 32 and found["usable_bytes"] < 24e9
 
 
 def test_json_without_a_dry_run_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ def test_json_without_a_dry_run_is_a_usage_error(capsys: pytest.CaptureFixture[s
 def test_a_refusal_comes_after_the_rows_with_status_2(
     onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 100_000_000)
     words = [str(onnx), "--gpu", "a10g", "--out", str(tmp_path / "engine"), "--weights", "embedded"]
     assert run("build", [*words, "--dry-run"]) == 2
     printed = capsys.readouterr()
@@ -127,13 +128,13 @@ def test_no_rows_at_all_are_refused(onnx: Path, tmp_path: Path) -> None:
 def test_an_external_build_is_refused_too_where_there_is_no_memory(
     onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 100_000_000)
     with pytest.raises(BuildError, match="for 2 layers without their weights.*; free some or build on a"):
         dry_run(onnx, "a10g", tmp_path / "engine", weights=EXTERNAL)
 
 
 def test_the_json_of_a_refusal() -> None:
     budget, gpu = predict(contract_7b(rows=4), FLOAT_BYTES), find_gpu("a10g")
-    found = to_json(budget, gpu, ceilings(budget, gpu), linked=True, refusal=BuildError("why"))
+    found = to_json(budget, [gpu], linked=True, refusal=BuildError("why"))
     assert found["refusal"] == "why"
     assert found["disk_bytes"] == budget.plan_bytes

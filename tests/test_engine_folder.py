@@ -36,9 +36,9 @@ PREDICTED = {
 }
 DETAILS: dict[str, Any] = {
     "name": "tiny",
-    "gpu": "a10g",
+    "gpus": ["a10g"],
     "gpu_name": "NVIDIA A10G",
-    "compute_capability": "8.6",
+    "compute_capabilities": ["8.6"],
     "flavor": "tensorrt-rtx",
     "tensorrt": "1.7.1.116",
     "weights": "embedded",
@@ -143,8 +143,7 @@ def test_the_same_compute_capability_is_enough(
 
 def test_an_engine_for_several_gpus(tmp_path: Path, machine: Callable[..., None]) -> None:
     both: dict[str, Any] = {"compute_capabilities": ["8.6", "8.9"], "gpus": ["a10g", "l4"]}
-    once: dict[str, Any] = {"gpu": None, "compute_capability": None, "gpu_name": "NVIDIA A10G, NVIDIA L4"}
-    folder = write_engine(tmp_path / "engine", **both, **once)
+    folder = write_engine(tmp_path / "engine", **both, gpu_name="NVIDIA A10G, NVIDIA L4")
     details = read_engine_details(read_manifest(folder))
     assert (details.compute_capabilities, details.gpus) == (("8.6", "8.9"), ("a10g", "l4"))
     for capability in ("8.6", "8.9"):
@@ -152,11 +151,6 @@ def test_an_engine_for_several_gpus(tmp_path: Path, machine: Callable[..., None]
         assert "is whole and fits this machine" in refusal(folder)
     machine(replace(A10G, name="NVIDIA A100-SXM4-40GB", compute_capability="8.0"))
     assert "built for NVIDIA A10G, NVIDIA L4 (compute capability 8.6 or 8.9)" in refusal(folder)
-
-
-def test_one_gpu_is_read_from_the_single_fields(folder: Path) -> None:
-    details = read_engine_details(read_manifest(folder))
-    assert (details.compute_capabilities, details.gpus) == (("8.6",), ("a10g",))
 
 
 def test_a_link_to_the_same_bytes_is_the_same_file(folder: Path, tmp_path: Path) -> None:
@@ -280,10 +274,11 @@ RAW: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "predicted must hold the numbers device_bytes",
     ),
     "predicted memory of none": (lambda d: d["details"]["predicted"].update(device_bytes=None), "predicted"),
-    "no compute capability": (lambda d: d["details"].pop("compute_capability"), "compute_capabilities must"),
+    "no compute capability": (lambda d: d["details"].pop("compute_capabilities"), "compute_capabilities must"),
     "an empty list of them": (lambda d: d["details"].update(compute_capabilities=[]), "found []"),
-    "a strange one": (lambda d: d["details"].update(compute_capability="sm_86"), 'must look like "8.6"'),
-    "no GPU": (lambda d: d["details"].pop("gpu"), "details.gpus must be a list of names, found [None]"),
+    "a strange one": (lambda d: d["details"].update(compute_capabilities=["sm_86"]), 'must look like "8.6"'),
+    "no GPU": (lambda d: d["details"].pop("gpus"), "details.gpus must be a list of names, found None"),
+    "a GPU that is no name": (lambda d: d["details"].update(gpus=[86]), "a list of names, found [86]"),
     "no name of it": (lambda d: d["details"].pop("gpu_name"), "details.gpu_name must be a text, found None"),
     "no plan among the files": (lambda d: d["files"].pop("model.plan"), "model.plan is not among its files"),
     "no TensorRT version": (lambda d: d["details"].pop("tensorrt"), "details.tensorrt must be a text"),
@@ -326,7 +321,7 @@ def test_a_manifest_that_is_wrong_though_its_hash_holds(
 
 def test_a_manifest_altered_by_hand(folder: Path) -> None:
     data = json.loads((folder / MANIFEST_NAME).read_text())
-    data["details"]["compute_capability"] = "8.9"
+    data["details"]["compute_capabilities"] = ["8.9"]
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
     assert "it was altered after it was written" in refusal(folder)
 
@@ -385,7 +380,7 @@ MACHINES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a GPU that holds three rows": (
         {"gpu": replace(A10G, memory_bytes=REST + 4 * CONTRACT.ring_bytes_per_row - 1)},
-        ["of GPU memory by prediction", "--max-batch-size 3 --out ONNX_DIR, then mistral-trt build"],
+        ["of GPU memory by prediction", "build ONNX_DIR --gpu 'NVIDIA A10G' --max-batch-size 3 --out"],
     ),
     "a GPU that holds no row": (
         {"gpu": replace(A10G, memory_bytes=REST)},

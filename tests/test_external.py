@@ -12,10 +12,9 @@ import pytest
 from onnx import TensorProto
 
 from mistral_trt.contract import QUANTIZED
-from mistral_trt.engines import build as build_module
-from mistral_trt.engines import external as external_module
-from mistral_trt.engines.build import build_engine, choose_weights
+from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.network import placeholders as placeholders_module
 from mistral_trt.engines.network.parse import ParsedNetwork, parse_network
 from mistral_trt.engines.network.placeholders import (
     bring_file,
@@ -26,6 +25,8 @@ from mistral_trt.engines.network.placeholders import (
     set_external,
 )
 from mistral_trt.engines.network.quantized import Wiring, read_quantization
+from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.planning.settle import choose_weights
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
@@ -182,25 +183,25 @@ def test_codes_and_scales_become_placeholders(folders: Folder, precision: str) -
 def test_a_weight_that_is_left_in_the_plan_is_noticed(
     fp16: Path, monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
-    weights, whole = refit_weights(fp16 / "model.onnx"), external_module._replace
+    weights, whole = refit_weights(fp16 / "model.onnx"), placeholders_module._replace
 
     def skip(trt: Any, network: Any, wiring: Wiring, weight: RefitWeight, old: Any) -> None:
         if weight != weights[index]:
             whole(trt, network, wiring, weight, old)
 
-    monkeypatch.setattr(external_module, "_replace", skip)
+    monkeypatch.setattr(placeholders_module, "_replace", skip)
     with pytest.raises(BuildError, match=f"{weights[index].name} is not refittable; build with"):
         replace_by_placeholders(trt, parse(fp16).network, weights)
 
 
 def test_a_reader_that_is_left_behind_is_noticed(folders: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, whole = folders("fp16", tied=True), external_module._replace
+    folder, whole = folders("fp16", tied=True), placeholders_module._replace
 
     def lose(trt: Any, network: Any, wiring: Wiring, weight: RefitWeight, old: Any) -> None:
         wiring.readers[old.get_output(0).name][1:] = []
         whole(trt, network, wiring, weight, old)
 
-    monkeypatch.setattr(external_module, "_replace", lose)
+    monkeypatch.setattr(placeholders_module, "_replace", lose)
     with pytest.raises(BuildError, match="model.embed_tokens.weight is still read as a constant"):
         replace_by_placeholders(trt, parse(folder).network, refit_weights(folder / "model.onnx"))
 
@@ -294,14 +295,14 @@ def test_weights_go_outside_by_themselves_where_the_build_does_not_fit(
     def refuse(*arguments: object, **settings: object) -> None:
         raise BuildError("predicted: the build needs too much")
 
-    monkeypatch.setattr(build_module, "check_host", lambda *arguments, **settings: None)
+    monkeypatch.setattr(settle_module, "check_host", lambda *arguments, **settings: None)
     assert [choose_weights(kind, budget, tmp_path) for kind in ("auto", "embedded", "external")] == [
         "embedded",
         "embedded",
         "external",
     ]
     assert not caplog.records
-    monkeypatch.setattr(build_module, "check_host", refuse)
+    monkeypatch.setattr(settle_module, "check_host", refuse)
     assert choose_weights("auto", budget, tmp_path) == "external"
     assert "the weights stay outside the plan: predicted: the build needs too much" in caplog.text
     with pytest.raises(BuildError, match=r"the build needs too much"):
@@ -329,7 +330,7 @@ def test_a_file_is_linked_or_copied_aloud(
 
 def test_a_copy_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(bytes(1000))
-    monkeypatch.setattr(external_module, "link_file", lambda source, target: False)
+    monkeypatch.setattr(placeholders_module, "link_file", lambda source, target: False)
     monkeypatch.setattr("mistral_trt.artifact.free_disk_bytes", lambda out: 999)
     with pytest.raises(ArtifactError, match="GB of disk"):
         bring_file(tmp_path / "a", tmp_path / "b")

@@ -9,7 +9,6 @@ from rich.console import Console
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.engines import flavor as flavors
 from mistral_trt.engines.__main__ import gpus
-from mistral_trt.engines.build import check_target
 from mistral_trt.engines.flavor import FULL, RTX, Flavor, choose_flavor, local_gpus
 from mistral_trt.engines.gpu import (
     RTX_TARGETS,

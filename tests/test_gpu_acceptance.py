@@ -78,7 +78,7 @@ def described(folder: Path, onnx: Path, weights: str = "embedded") -> Manifest:
         "ring_bytes_per_row": made.contract.ring_bytes_per_row,
         "max_batch_size": 3,
         "device_bytes": 10**9,
-        "ceilings": {"decode_tokens_per_s": 1e4, "decode_all_rows_tokens_per_s": 3e4},
+        "ceilings": {"a10g": {"decode_tokens_per_s": 1e4, "decode_all_rows_tokens_per_s": 3e4}},
     }
     return Manifest(
         stage="engine",
@@ -87,9 +87,9 @@ def described(folder: Path, onnx: Path, weights: str = "embedded") -> Manifest:
         contract=made.contract,
         versions=made.versions,
         details={
-            "gpu": "a10g",
+            "gpus": ["a10g"],
             "gpu_name": "NVIDIA A10G",
-            "compute_capability": "8.6",
+            "compute_capabilities": ["8.6"],
             "flavor": "tensorrt-rtx",
             "tensorrt": "1.7.1.116",
             "weights": weights,

@@ -16,7 +16,8 @@ import pytest
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines import refit as refit_module
 from mistral_trt.engines.__main__ import refit as refit_command
-from mistral_trt.engines.build import Plan, build_engine
+from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.builder.plan import Plan
 from mistral_trt.engines.network.placeholders import refit_weights
 from mistral_trt.engines.refit import differences, refit_engine
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
@@ -60,10 +61,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def build_plan(*arguments: Any, **settings: Any) -> Plan:
         file: BinaryIO = arguments[-1]
         file.write(PLAN)
-        return Plan(hashlib.sha256(PLAN).hexdigest(), len(PLAN), {"CONSTANT": 1}, {})
+        details = {"network_layers": {"CONSTANT": 1}, "audit": [], "compiled": {}}
+        return Plan(hashlib.sha256(PLAN).hexdigest(), len(PLAN), details)
 
     monkeypatch.setattr(build_module, "build_plan", build_plan)
-    monkeypatch.setattr(build_module, "check_size", lambda *arguments: None)
+    monkeypatch.setattr(build_module, "check_external_plan", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -88,7 +90,8 @@ def check_refitted(folder: Path, engine: Manifest, onnx_dir: Path) -> None:
     assert manifest.sources["checkpoint"] == source.sources["checkpoint"]
     for key in ("name", "generation", "graph_sha256", "text_files"):
         assert manifest.details[key] == source.details[key]
-    for key in ("gpu", "flavor", "tensorrt", "predicted", "plan_bytes", "network_layers", "compiled"):
+    same = ("gpus", "gpu_name", "compute_capabilities", "flavor", "tensorrt", "predicted", "plan_bytes")
+    for key in (*same, "network_layers", "audit", "compiled"):
         assert manifest.details[key] == engine.details[key]
     assert manifest.details["weights"] == "external"
     assert manifest.contract.ring == source.contract.ring

@@ -9,8 +9,8 @@ import pytest
 
 from mistral_trt.contract import CACHE_DTYPES, GraphContract, Ring
 from mistral_trt.engines import build as build_module
-from mistral_trt.engines import versions
 from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.builder import versions
 from mistral_trt.engines.builder.versions import FEATURES, Feature, check_version, features_of, oldest_usable
 from mistral_trt.engines.flavor import FULL, RTX
 from mistral_trt.errors import BuildError
