@@ -60,6 +60,17 @@ ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
+QUANTIZATION = $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
+  $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
+  $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
+  $(foreach pattern,$(KEEP),--keep '$(pattern)') $(if $(QUALITY),--quality '$(QUALITY)') \
+  $(if $(LM_HEAD),--quantize-lm-head)
+SUFFIX = $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))$(if $(strip $(QUANTIZATION)),-q$(shell printf '%s' "$(QUANTIZATION)" | sha256sum | cut -c1-8))
+EXPORT_FLAGS = $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
+  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
+  $(QUANTIZATION)
+BUILD_FLAGS = --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
 .PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization clean .engine .report .onnx
 
 help: ## show this list
@@ -85,11 +96,13 @@ engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT
 	  for gpu in $(GPU); do $(MAKE) .engine RUN=build/$$run GPU=$$gpu; done
 
 engines: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## an engine for every GPU that one can be built for here
-	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); \
+	@run=build/$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); built=; \
+	  onnx=$$($(MAKE) .onnx RUN=$$run | tail -n 1); \
 	  for gpu in $(GPUS); do \
-	    if $(CLI) gpus --check $$gpu --precision $(PRECISION) --flavor $(FLAVOR); \
-	    then $(MAKE) .engine RUN=build/$$run GPU=$$gpu; fi; \
-	  done
+	    if $(CLI) build $$onnx --gpu $$gpu $(BUILD_FLAGS) --out $$run/engines/$$gpu --dry-run > /dev/null; \
+	    then $(MAKE) .engine RUN=$$run GPU=$$gpu; built=1; fi; \
+	  done; \
+	  test -n "$$built" || { echo 'no engine in $(PRECISION) can be built here, for the reasons above' >&2; exit 1; }
 
 report: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the numeric report of MODEL=… at PRECISION=…
 	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .report RUN=build/$$run
@@ -124,8 +137,9 @@ bench-export: $(READY) ## exports at full size, beside a copy of the files and b
 	$(BIN)/python bench/export.py
 
 gpu-acceptance: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## on a machine with GPU=…: its engine loaded, compared, timed
+	@$(if $(or $(LORA),$(word 2,$(subst $(comma), ,$(GPU)))),echo 'gpu-acceptance takes one GPU and no LORA' >&2; exit 2)
 	$(BIN)/python bench/gpu_acceptance.py '$(MODEL)' --gpu $(GPU) --precision $(PRECISION) \
-	  --out build/gpu-acceptance/$(GPU)-$(PRECISION)
+	  --out build/gpu-acceptance/$(GPU)-$(PRECISION)$(SUFFIX) -- $(EXPORT_FLAGS)
 
 clean: ## remove everything that was built (.venv stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
@@ -150,15 +164,6 @@ $(READY): requirements.lock pyproject.toml
 ifeq ($(RUN),)
 .NOTPARALLEL: # two goals may want one folder
 else
-QUANTIZATION := $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
-  $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
-  $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
-  $(foreach pattern,$(KEEP),--keep '$(pattern)') $(if $(QUALITY),--quality '$(QUALITY)') \
-  $(if $(LM_HEAD),--quantize-lm-head)
-SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))$(if $(strip $(QUANTIZATION)),-q$(shell printf '%s' "$(QUANTIZATION)" | sha256sum | cut -c1-8))
-EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
-  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
-  $(QUANTIZATION)
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
 ENGINE := $(RUN)/engines/$(subst $(comma),+,$(GPU))-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))$(if $(WEIGHTS),-$(WEIGHTS))
 REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
@@ -176,7 +181,7 @@ $(ONNX)/manifest.json: $(wildcard export/*.py export/quantization/*.* $(CALIBRAT
 	@$(CLI) export '$(MODEL)' $(LORA_FLAGS) --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
 
 $(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py engines/*/*.py) $(patsubst %,engines/gpus/%.toml,$(subst $(comma), ,$(GPU)))
-	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS)) --out $(@D) > /dev/null
+	@$(CLI) build $(ONNX) --gpu $(GPU) $(BUILD_FLAGS) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
 $(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)

@@ -1,8 +1,9 @@
 """Engine builds of Mistral 7B at several depths → seconds, memory and plan size, beside what was predicted.
 
 For an A10G with TensorRT-RTX, two profiles, 8 rows, chunks of 256, in fp16, int8 and int4, weights embedded
-in the plan and external to it. The constants of the memory model (engines/planning/build_memory.py) are fitted to the
-shallow builds; the deep ones judge them. What the build itself refuses for want of memory is not run.
+in the plan and external to it. The constants of the memory model (engines/planning/build_memory.py) are
+fitted to the shallow builds; the deep ones judge them. What the build itself refuses for want of memory is
+not run.
 
 Bounds: deep builds within 15 % of the prediction; external within 60 s and 2 GB; embedded int8 and int4
 within 20 GB. One ONNX folder exists at a time. Run it on a quiet machine with 30 GB of disk free.

@@ -24,6 +24,7 @@ from gpu_runner import load_gpu
 from mistral_trt.devices import Device
 from mistral_trt.engines.flavor import FULL, RTX, Flavor
 from mistral_trt.engines.gpu import GpuTarget, find_gpu
+from mistral_trt.engines.targets import group_targets
 from mistral_trt.errors import MistralTrtError
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.device import local_device
@@ -65,16 +66,20 @@ class StepResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, options = words, []
+    if "--" in words:  # what follows is for `mistral-trt export`
+        own, options = words[: words.index("--")], words[words.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--gpu", required=True)
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--length", type=int)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(own)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        report = accept(Job(args.model, args.gpu, args.precision, args.out, args.length))
+        report = accept(Job(args.model, args.gpu, args.precision, args.out, args.length, tuple(options)))
     except MistralTrtError as error:
         print(f"gpu-acceptance: {error}", file=sys.stderr)
         return 2
@@ -93,7 +98,7 @@ def accept(
 
     modules: name of a TensorRT module → it and the CUDA runtime; the tests give a simulation.
     """
-    target = find_gpu(job.gpu)
+    target = group_targets([find_gpu(job.gpu)], job.precision).smallest  # refuses what it cannot run
     job.out.mkdir(parents=True, exist_ok=True)
     device = find_device()
     steps = [run(StepResult("environment"), environment, target, device)]
@@ -187,7 +192,8 @@ def build(job: Job, target: GpuTarget, flavor: Flavor, engines: dict[str, Path])
 
 def _build(job: Job, target: GpuTarget, flavor: str, folder: Path) -> dict[str, Any]:
     onnx = str(job.out / "onnx")
-    done = command("build", onnx, "--gpu", target.key, "--flavor", flavor, "--out", str(folder), check=True)
+    words = ("build", onnx, "--gpu", target.key, "--flavor", flavor, "--out", str(folder), "--no-cache")
+    done = command(*words, check=True)
     manifest = read_manifest(folder, "engine")
     details = manifest.details
     size = manifest.files["model.plan"].bytes

@@ -1,6 +1,7 @@
 """Command line of the engines stage: `mistral-trt build`, `refit` and `gpus`."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from mistral_trt.engines.flavor import AUTO, NAMES
 from mistral_trt.engines.gpu import load_catalogue
 from mistral_trt.engines.planning.dry_run import dry_run
 from mistral_trt.engines.planning.settle import WEIGHTS, check_target
-from mistral_trt.engines.polygraphy_scripts import write_polygraphy
+from mistral_trt.engines.polygraphy_scripts import check_comparable, write_polygraphy
 from mistral_trt.engines.refit import refit_engine
 from mistral_trt.engines.table import print_table
+from mistral_trt.manifest import read_manifest
 from mistral_trt.progress import note
 
 
@@ -23,6 +25,9 @@ def build(argv: list[str]) -> int:
     if args.dry_run:
         dry_run(args.onnx, args.gpu, args.out, as_json=args.json, **settings)
         return 0
+    if args.polygraphy:  # refused now rather than after the build
+        source = read_manifest(args.onnx, "onnx", check_files=False)
+        check_comparable(args.onnx, source.contract.precision, weights=args.weights)
     cache = None if args.no_cache else EngineCache(limit_bytes=int(args.cache_gb * 1e9))
     manifest = build_engine(args.onnx, args.gpu, args.out, cache=cache, **settings)
     if args.polygraphy:
@@ -69,6 +74,8 @@ def parse_build(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.json and not args.dry_run:
         parser.error("--json is for --dry-run")
+    if not 0 <= args.cache_gb * 1e9 < math.inf:
+        parser.error("--cache-gb must be a size, 0 or more; to keep nothing, use --no-cache")
     return args
 
 

@@ -46,7 +46,7 @@ def build_engine(
     """Build the ONNX folder and write the engine folder `out`, all or nothing.
 
     gpus: keys, names or aliases from the catalogue; several share one plan.  flavor: see
-    `flavor.choose_flavor`.  weights: see `settle.choose_weights`.  max_batch_size: instead of the ONNX
+    `flavor.choose_flavor`.  weights: see `settle.settle_weights`.  max_batch_size: instead of the ONNX
     folder's; its graph takes any.  cache: where an equal build's plan may be found and is left, or None.
     Raises GpuError, BuildError, ManifestError, ArtifactError or MissingDependencyError.
     """
@@ -111,7 +111,6 @@ def key_of(job: Job) -> BuildKey:
     """What the plan of a job depends on."""
     return build_key(
         job.source,
-        manifest_sha256(job.onnx_dir),
         compute_capabilities=job.targets.compute_capabilities,
         flavor=job.flavor.name,
         tensorrt=job.trt.__version__,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt import __version__
+from mistral_trt.engines.planning.build_memory import EMBEDDED
 from mistral_trt.manifest import Manifest
 
 BUILD_VERSION = 1
@@ -44,7 +45,6 @@ class BuildKey:
 
 def build_key(
     source: Manifest,
-    source_sha256: str,
     *,
     compute_capabilities: Sequence[str],
     flavor: str,
@@ -54,11 +54,13 @@ def build_key(
 ) -> BuildKey:
     """The key of a build from the ONNX folder `source`.
 
-    source_sha256: of its manifest; a plan without its weights depends on the graph alone.  weights:
-    "embedded" or "external".  tensorrt: its version.  device: name of the GPU here for full TensorRT, which
-    chooses kernels by timing them on it; None for TensorRT-RTX.
+    weights: "embedded" or "external"; a plan without its weights depends on the graph alone.  tensorrt: its
+    version.  device: name of the GPU here for full TensorRT, which chooses kernels by timing them on it; None
+    for TensorRT-RTX.
     """
-    graph = {"onnx": source_sha256} if weights == "embedded" else {"graph": source.details["graph_sha256"]}
+    texts = set(source.details["text_files"])
+    files = {name: entry.sha256 for name, entry in sorted(source.files.items()) if name not in texts}
+    graph = {"files": files} if weights == EMBEDDED else {"graph": source.details["graph_sha256"]}
     return BuildKey(
         {
             **graph,

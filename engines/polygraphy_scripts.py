@@ -59,20 +59,9 @@ def write_polygraphy(
     """Write `inputs.py`, `run.sh` and `README.txt` beside the engine folder `out`; return where.
 
     flavor, weights: the engine's, as in its manifest.  Files of these names that are there are replaced.
-    Raises BuildError for an engine that Polygraphy cannot load or has nothing to compare with.
+    Raises BuildError as `check_comparable` does.
     """
-    if weights != "embedded":
-        raise BuildError(
-            f"Polygraphy loads a plan with its weights and does not refit one, found weights {weights!r}; "
-            f"leave --polygraphy out, or build with: mistral-trt build {shlex.quote(str(onnx_dir))} "
-            "--gpu GPU --weights embedded --polygraphy --out DIR"
-        )
-    if contract.precision not in TOLERANCES:
-        raise BuildError(
-            f"Polygraphy compares with ONNX Runtime, which cannot run {contract.precision} on a CPU; "
-            f"expected one of {', '.join(TOLERANCES)}: leave --polygraphy out, or export again with: "
-            f"mistral-trt export CHECKPOINT --precision fp16 --out {shlex.quote(str(onnx_dir))}"
-        )
+    check_comparable(onnx_dir, contract.precision, weights=weights)
     folder = polygraphy_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     onnx, engine = (os.path.relpath(path.resolve(), folder.resolve()) for path in (onnx_dir, out))
@@ -85,6 +74,25 @@ def write_polygraphy(
         write_file(folder / name, text.encode())
     (folder / "run.sh").chmod(0o755)
     return folder
+
+
+def check_comparable(onnx_dir: Path, precision: str, *, weights: str = "embedded") -> None:
+    """Raise BuildError for an engine that Polygraphy cannot load or has nothing to compare with.
+
+    weights: "embedded", "external", or "auto" while that is open.
+    """
+    if weights == "external":
+        raise BuildError(
+            f"Polygraphy loads a plan with its weights and does not refit one, found weights {weights!r}; "
+            f"leave --polygraphy out, or build with: mistral-trt build {shlex.quote(str(onnx_dir))} "
+            "--gpu GPU --weights embedded --polygraphy --out DIR"
+        )
+    if precision not in TOLERANCES:
+        raise BuildError(
+            f"Polygraphy compares with ONNX Runtime, which cannot run {precision} on a CPU; "
+            f"expected one of {', '.join(TOLERANCES)}: leave --polygraphy out, or export again with: "
+            f"mistral-trt export CHECKPOINT --precision fp16 --out {shlex.quote(str(onnx_dir))}"
+        )
 
 
 def script(onnx: str, engine: str, contract: GraphContract, *, flavor: str) -> str:

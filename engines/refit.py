@@ -21,10 +21,11 @@ from mistral_trt.manifest import (
     Manifest,
     manifest_sha256,
     read_manifest,
+    repair_command,
     sha256_file,
 )
 from mistral_trt.progress import note
-from mistral_trt.weight_index import RefitWeight, read_weight_index
+from mistral_trt.weight_index import INDEX_NAME, RefitWeight, read_weight_index
 
 _NOT_IN_THE_GRAPH = ("sliding_window", "max_position_embeddings")  # W is the contract's
 _SHOWN = 3
@@ -40,13 +41,15 @@ def refit_engine(engine_dir: Path, onnx_dir: Path, out: Path | None = None) -> M
     require_apart(target, onnx_dir)
     if target.resolve() != engine_dir.resolve():
         require_apart(target, engine_dir)
-    engine = read_manifest(engine_dir, "engine", check_files=False)
+    engine = read_manifest(engine_dir, "engine", check_files=None)  # its weight files may be gone or altered
     source = read_manifest(onnx_dir, "onnx", check_files=False)
     require_external(engine, engine_dir, onnx_dir)
     weights = refit_weights(onnx_dir / GRAPH_NAME)
-    require_same_graph(engine, source, read_weight_index(engine_dir), weights, remedy(engine, onnx_dir))
+    require_unaltered(engine_dir, engine, INDEX_NAME)
+    old = read_weight_index(engine_dir, check_files=False)
+    require_same_graph(engine, source, old, weights, remedy(engine, onnx_dir))
     repeated = carried_details(source)
-    require_plan(engine_dir, engine)
+    require_unaltered(engine_dir, engine, PLAN_NAME)
     read_manifest(onnx_dir, "onnx")  # every byte, once nothing cheaper can refuse
     with new_artifact(target) as folder:
         bring_file(engine_dir / PLAN_NAME, folder / PLAN_NAME)
@@ -76,14 +79,17 @@ def require_external(engine: Manifest, engine_dir: Path, onnx_dir: Path) -> None
         )
 
 
-def require_plan(engine_dir: Path, engine: Manifest) -> None:
-    """Raise ManifestError unless the plan is the one that was built: it is code, and it is passed on."""
-    if PLAN_NAME not in engine.files:
-        raise ManifestError(f"{engine_dir}: the manifest does not list {PLAN_NAME}; build the engine again")
-    if sha256_file(engine_dir / PLAN_NAME) != engine.files[PLAN_NAME].sha256:
+def require_unaltered(engine_dir: Path, engine: Manifest, name: str) -> None:
+    """Raise ManifestError unless a file that is passed on is the one that was built."""
+    repair = repair_command(engine_dir, "engine", engine.details)
+    if name not in engine.files:
+        raise ManifestError(f"{engine_dir}: the manifest does not list {name}; build it again: {repair}")
+    if not (engine_dir / name).is_file():
+        raise ManifestError(f"{engine_dir / name} is missing; build the engine again: {repair}")
+    if sha256_file(engine_dir / name) != engine.files[name].sha256:
         raise ManifestError(
-            f"{engine_dir / PLAN_NAME} was altered after it was made (its SHA-256 differs from the "
-            "manifest's); build the engine again"
+            f"{engine_dir / name} was altered after it was made (its SHA-256 differs from the manifest's); "
+            f"build the engine again: {repair}"
         )
 
 

@@ -6,7 +6,6 @@ of this has passed.
 """
 
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from mistral_trt.devices import Device
 from mistral_trt.errors import EngineMismatchError, ManifestError
-from mistral_trt.manifest import PLAN_NAME, STAGES, Manifest, sha256_file
-from mistral_trt.packages import installed_version
+from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command, sha256_file
+from mistral_trt.packages import installed_version, release
 from mistral_trt.weight_index import INDEX_NAME, files_of, read_weight_index
 
 FLAVORS = ("tensorrt", "tensorrt-rtx")
@@ -82,7 +81,7 @@ def check_engine_folder(
         details = read_engine_details(manifest)
         _check_files(folder, manifest, details, plan_hashed)
     except ManifestError as error:
-        repair = STAGES["engine"].format(folder=shlex.quote(str(folder)))
+        repair = repair_command(folder, "engine", manifest.details)
         raise ManifestError(
             f"{folder} is not an engine that can be loaded: {error}; make it again with: {repair}"
         ) from error
@@ -106,24 +105,25 @@ def _check_weights(folder: Path, manifest: Manifest) -> None:
     """Every weight lies inside a file whose size and hash the manifest vouches for."""
     foreign = sorted(set(files_of(read_weight_index(folder))) - set(manifest.files))
     if foreign:
-        repair = STAGES["engine"].format(folder=shlex.quote(str(folder)))
+        repair = repair_command(folder, "engine", manifest.details)
         raise ManifestError(
             f"{folder / INDEX_NAME} names {foreign[0]!r}, which is not among the manifest's files; make the "
-            f"folder again with: {repair} --weights external"
+            f"folder again with: {repair}"
         )
 
 
 def _check_tensorrt(folder: Path, details: EngineDetails) -> None:
     """The plan's own TensorRT, and no other version: plans do not carry over."""
     found = installed_version(details.flavor)
-    if found == details.version:
+    if found is not None and release(found) == release(details.version):
         return
     others = [f"{name} {version}" for name in FLAVORS if (version := installed_version(name)) is not None]
+    again = _rebuild(folder, details, ",".join(details.gpus))
     raise EngineMismatchError(
         f"{folder} was built with {details.flavor} {details.version}, a plan runs in that version only, "
         f"and this machine has {' and '.join(others) or 'no TensorRT'}; "
         f"run: pip install {details.flavor}=={details.version}"
-        + (f", or build the engine again with: {_rebuild(folder, details.gpus[0])}" if found else "")
+        + (f", or build the engine again with: {again}" if found else "")
     )
 
 
@@ -139,7 +139,8 @@ def _check_device(folder: Path, manifest: Manifest, details: EngineDetails, devi
         raise EngineMismatchError(
             f"{folder} was built for {details.gpu_name} (compute capability "
             f"{' or '.join(details.compute_capabilities)}), and this machine has {device.name} "
-            f"({device.compute_capability}); build for it with: {_rebuild(folder, device.name)}"
+            f"({device.compute_capability}); build for it (`mistral-trt gpus` has the names): "
+            f"{_rebuild(folder, details, device.name)}"
         )
     if device.memory_bytes is not None and details.device_bytes > device.memory_bytes:
         _refuse_memory(folder, manifest, details, device.name, device.memory_bytes)
@@ -154,17 +155,17 @@ def _refuse_memory(
     rows = (memory_bytes - rest) // contract.ring_bytes_per_row
     fewer = f" --max-batch-size {rows}" if rows >= 1 else ""
     remedy = "build with fewer rows: " if rows >= 1 else "not one row would fit, so build for a larger GPU: "
-    target = shlex.quote(name) if rows >= 1 else "GPU"
+    again = _rebuild(folder, details, ",".join(details.gpus) if rows >= 1 else "GPU")
     raise EngineMismatchError(
         f"{folder} needs {details.device_bytes / 1e9:.2f} GB of GPU memory by prediction "
         f"({contract.max_batch_size} rows of {contract.ring_bytes_per_row / 1e9:.3f} GB among it), "
         f"and {name} has {memory_bytes / 1e9:.2f} GB; {remedy}"
-        f"mistral-trt build ONNX_DIR --gpu {target}{fewer} --out {shlex.quote(str(folder))}"
+        f"{again}{fewer}"
     )
 
 
-def _rebuild(folder: Path, gpu: str) -> str:
-    return f"mistral-trt build ONNX_DIR --gpu {shlex.quote(gpu)} --out {shlex.quote(str(folder))}"
+def _rebuild(folder: Path, details: EngineDetails, gpus: str) -> str:
+    return repair_command(folder, "engine", {"gpus": [gpus], "weights": details.weights})
 
 
 def _names(details: Mapping[str, Any], key: str) -> tuple[str, ...]:

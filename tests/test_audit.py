@@ -25,7 +25,7 @@ from mistral_trt.engines.planning.budget import predict
 from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import BuildError
 from mistral_trt.inspect import describe, inspect
-from mistral_trt.manifest import read_manifest
+from mistral_trt.manifest import FileEntry, read_manifest
 from tests.conftest import Folder
 from tests.test_quantized_network import INSIDE, OUT, linear, node, scheme_of, small_graph, take_out
 
@@ -98,6 +98,10 @@ def test_the_manifest_and_inspect_repeat_it(
     assert details["audit"] == [{"check": "ring writes", "found": "4, each from its past to its present"}]
     shown = replace(manifest, details={**manifest.details, **details})
     assert dict(describe(shown))["audit: ring writes"] == "4, each from its past to its present"
+    files = {"model.plan": FileEntry("0f" * 32, 3_500_000)}
+    engine = dict(describe(replace(shown, stage="engine", files=files)))
+    assert engine["plan sha256"] == "0f" * 32
+    assert engine["plan"].startswith("3.5 MB, ") and engine["plan"].endswith(" of weights in it")
     assert not [label for label, _ in describe(manifest) if label.startswith("audit")]
     (tmp_path / "files").mkdir()
     for path in fp16.iterdir():

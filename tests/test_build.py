@@ -1,5 +1,6 @@
 """Engine builds: the strict log, the checks before a build with proof that each can fail, real plans."""
 
+import hashlib
 import io
 import logging
 import os
@@ -14,18 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from mistral_trt import __version__
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines import build_key as key_module
 from mistral_trt.engines import targets as targets_module
 from mistral_trt.engines.__main__ import build as build_command
 from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.build_key import BUILD_VERSION
 from mistral_trt.engines.builder import plan as plan_module
 from mistral_trt.engines.builder.callbacks import (
     ALLOWED_WARNINGS,
@@ -39,7 +42,7 @@ from mistral_trt.engines.builder.callbacks import (
 from mistral_trt.engines.builder.compiled import compiled_summary
 from mistral_trt.engines.builder.plan import Plan, build_plan, builder_config, require_clean
 from mistral_trt.engines.engine_cache import EngineCache
-from mistral_trt.engines.flavor import RTX
+from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.gpu import find_gpu
 from mistral_trt.engines.network import audit as audit_module
 from mistral_trt.engines.network import parse as parse_module
@@ -53,10 +56,13 @@ from mistral_trt.engines.network.parse import (
     parse_network,
 )
 from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.planning.dry_run import dry_run
 from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.inspect import describe
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
+from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -607,6 +613,20 @@ def test_what_the_manifest_of_a_real_plan_says(fp16: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_one_plan_for_two_gpus(fp16: Path, tmp_path: Path) -> None:
+    made = build_engine(fp16, "l4,a10g", tmp_path / "engine")
+    assert made == check_engine(tmp_path / "engine", fp16)
+    details = made.details
+    assert (details["gpus"], details["compute_capabilities"]) == (["a10g", "l4"], ["8.6", "8.9"])
+    assert details["gpu_name"] == "NVIDIA A10G, NVIDIA L4"
+    assert set(details["predicted"]["ceilings"]) == {"a10g", "l4"}
+    assert details["compiled"]["attention_kernels"] == {"decode": 2, "prefill": 2}
+    assert details["compiled"]["ring_copies"] == {"decode": 0, "prefill": 0}
+    rows = dict(describe(made))
+    assert (rows["gpu name"], rows["compute capabilities"]) == ("NVIDIA A10G, NVIDIA L4", "8.6, 8.9")
+
+
+@pytest.mark.slow
 def test_two_builds_differ_in_nothing_but_the_plans_hash(fp16: Path, tmp_path: Path) -> None:
     """TensorRT orders some lists of its plan by memory address: hashes differ, sizes do not."""
     first, second = (build_engine(fp16, "l4", tmp_path / name) for name in "ab")
@@ -776,6 +796,250 @@ def test_ctrl_c_ends_a_build_cleanly(
     assert leftovers(tmp_path) == []
 
 
+# --- the cache ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tiny_checkpoint: Folder, untraced: None, tmp_path: Path) -> Path:
+    """An ONNX folder whose graph has weights and no node: enough for builds that are stood in for."""
+    folder = tmp_path / "onnx"
+    export_checkpoint(tiny_checkpoint(), folder, precision="fp16", prefill_chunk=4, max_batch_size=2)
+    return folder
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The targets of each build that TensorRT is asked for; its plan is made up, another every time."""
+    made: list[str] = []
+
+    def stand_in(
+        trt: Any,
+        onnx: Path,
+        contract: GraphContract,
+        targets: TargetSet,
+        flavor: Flavor,
+        file: BinaryIO,
+        **settings: Any,
+    ) -> Plan:
+        made.append(targets.name)
+        plan = f"plan {len(made)}".encode()
+        file.write(plan)
+        details = {"network_layers": {"build": len(made)}, "audit": [], "compiled": {}}
+        return Plan(hashlib.sha256(plan).hexdigest(), len(plan), details)
+
+    monkeypatch.setattr(build_module, "build_plan", stand_in)
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "cache")
+
+
+def plan_of(engine: Path) -> str:
+    read_manifest(engine, "engine")  # every byte of it
+    return (engine / "model.plan").read_text()
+
+
+def test_an_equal_build_takes_the_kept_plan(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    monkeypatch.setattr(build_module, "build_plan", lambda *_, **__: pytest.fail("it began to build"))
+    caplog.set_level(logging.INFO, "mistral_trt")
+    assert build_engine(bare, "NVIDIA A10G", tmp_path / "b", cache=cache) == first
+    assert (tmp_path / "a" / "model.plan").samefile(tmp_path / "b" / "model.plan")
+    assert "the plan of an equal build is used again" in caplog.text and "--no-cache" in caplog.text
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 1"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"),
+    [("a10g", {"max_batch_size": 3}), ("l4", {}), ("a10g,l4", {}), ("l4,t4", {"max_batch_size": 2})],
+)
+def test_another_build_does_not(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, gpus: str, settings: dict[str, Any]
+) -> None:
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, gpus, tmp_path / "b", cache=cache, **settings)
+    assert len(builds) == 2
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 2"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("a10g,l4", "l4,a10g"), ("a10g", "a10"), ("a10g", "a10,rtx3090"), ("l4", "l40s")]
+)
+def test_gpus_of_the_same_compute_capabilities_share_a_plan(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, first: str, second: str
+) -> None:
+    build_engine(bare, first, tmp_path / "a", cache=cache)
+    details = build_engine(bare, second, tmp_path / "b", cache=cache).details
+    assert len(builds) == 1 and plan_of(tmp_path / "b") == "plan 1"
+    assert sorted(details["gpus"]) == sorted(second.split(",")) == sorted(details["predicted"]["ceilings"])
+
+
+def test_a_build_without_a_cache_builds_and_keeps_nothing(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, "a10g", tmp_path / "b", cache=None)
+    build_engine(bare, "a10g", tmp_path / "c")
+    assert [plan_of(tmp_path / name) for name in "abc"] == ["plan 1", "plan 2", "plan 3"]
+    assert not (tmp_path / "home").exists()
+    build_engine(bare, "a10g", tmp_path / "d", cache=cache)
+    assert plan_of(tmp_path / "d") == "plan 1"
+
+
+@pytest.mark.parametrize("text", ["plan 9", "longer than it was", ""])
+def test_an_altered_plan_is_built_again(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+) -> None:
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    (tmp_path / "a" / "model.plan").write_text(text)  # the cache's own file by another name
+    build_engine(bare, "a10g", tmp_path / "b", cache=cache)
+    assert "was altered after it was kept; it is removed and built again" in caplog.text
+    build_engine(bare, "a10g", tmp_path / "c", cache=cache)
+    assert [plan_of(tmp_path / name) for name in "bc"] == ["plan 2", "plan 2"]
+    with pytest.raises(ManifestError):
+        read_manifest(tmp_path / "a", "engine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("BUILD_VERSION", 99, f"build version {BUILD_VERSION} → 99"),
+        ("__version__", "9.9", f"mistral-trt {__version__} → 9.9"),
+    ],
+)
+def test_another_version_builds_again_and_says_which(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    value: Any,
+    said: str,
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    assert "an equal plan was built before" not in caplog.text
+    monkeypatch.setattr(key_module, name, value)
+    build_engine(bare, "a10g", tmp_path / "b", cache=cache)
+    assert f"an equal plan was built before, by other versions, and is built again: {said}" in caplog.text
+    assert plan_of(tmp_path / "b") == "plan 2"
+
+
+def test_a_plan_that_is_refused_is_not_kept(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = vars(build_module)["build_plan"]  # the stand-in
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "build_plan", lambda *a, **k: replace(build(*a, **k), bytes=10**9))
+        with pytest.raises(BuildError, match="TensorRT stored weights more than once"):
+            build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    assert plan_of(tmp_path / "a") == "plan 2"
+
+
+def test_a_cache_that_cannot_be_used_costs_nothing_but_time(
+    bare: Path, builds: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    (tmp_path / "file").write_text("no folder")
+    for name, cache in (("a", EngineCache(tmp_path / "file" / "cache")), ("b", EngineCache(tmp_path, 5))):
+        build_engine(bare, "a10g", tmp_path / name, cache=cache)
+        assert "the plan is not kept for the next build" in caplog.text
+        caplog.clear()
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 2"]
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command's own cache is; it does not exist yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mistral-trt" / "engines"
+
+
+def test_the_command_uses_the_cache_unless_told_not_to(
+    bare: Path, home: Path, builds: list[str], tmp_path: Path
+) -> None:
+    def made(name: str, *options: str) -> str:
+        assert build_command([str(bare), "--gpu", "a10g", "--out", str(tmp_path / name), *options]) == 0
+        return plan_of(tmp_path / name)
+
+    assert made("a", "--no-cache") == "plan 1" and not home.exists()
+    assert made("b", "--cache-gb", "0") == "plan 2" and not home.exists()
+    assert made("c") == "plan 3" and len(list(home.glob("*/model.plan"))) == 1
+    assert made("d") == "plan 3"
+    assert made("e", "--no-cache") == "plan 4"
+    assert made("f", "--cache-gb", "0.5") == "plan 3"
+
+
+@pytest.mark.parametrize("size", ["-1", "nan", "inf", "1e308"])
+def test_a_size_of_the_cache_that_is_none_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_command(["onnx", "--gpu", "a10g", "--out", "out", f"--cache-gb={size}"])
+    assert "--cache-gb must be a size, 0 or more" in capsys.readouterr().err
+
+
+def test_the_command_writes_polygraphys_commands_beside_the_engine(
+    bare: Path,
+    home: Path,
+    builds: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    out = tmp_path / "engine"
+    assert build_command([str(bare), "--gpu", "a10g", "--out", str(out), "--polygraphy"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    folder = tmp_path / "engine-polygraphy"
+    assert f"{folder}: commands that compare the engine with its ONNX folder" in caplog.text
+    assert sorted(leftovers(folder)) == ["README.txt", "inputs.py", "run.sh"]
+    assert "USE_TENSORRT_RTX=1" in (folder / "run.sh").read_text()
+    assert plan_of(out) == "plan 1"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [("fp16", ["--weights", "external"], "does not refit one"), ("bf16", [], "cannot run bf16 on a CPU")],
+)
+def test_what_polygraphy_cannot_compare_is_refused_before_the_build(
+    bare: Path,
+    home: Path,
+    builds: list[str],
+    tmp_path: Path,
+    precision: str,
+    options: list[str],
+    message: str,
+) -> None:
+    manifest = read_manifest(bare)
+    replace(manifest, contract=replace(manifest.contract, precision=precision)).write(bare)
+    words = [str(bare), "--gpu", "a10g", "--out", str(tmp_path / "engine"), "--polygraphy", *options]
+    with pytest.raises(BuildError, match=message):
+        build_command(words)
+    assert builds == [] and leftovers(tmp_path) == ["onnx"]
+
+
 # --- what is refused before a build ---------------------------------------------------------------------
 
 
@@ -785,6 +1049,23 @@ def test_fp32_is_refused_before_a_build(fp16: Path, tmp_path: Path) -> None:
     replace(manifest, contract=replace(manifest.contract, precision="fp32")).write(folder)
     with pytest.raises(BuildError, match="an engine cannot be built in fp32"):
         build_engine(folder, "a10g", tmp_path / "engine")
+
+
+def test_a_plan_for_several_architectures_keeps_its_weights(
+    bare: Path, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX fails on a refittable weight there, and so does every later build of the process."""
+    message = (
+        r"several compute capabilities \(8.6, 8.9\) cannot leave its weights out.*--weights embedded, or .*"
+        "--gpu a10,a10g --weights external --out DIR; mistral-trt build ONNX_DIR --gpu l4 --weights external"
+    )
+    for start in (build_engine, dry_run):
+        with pytest.raises(BuildError, match=message):
+            start(bare, "a10g,l4,a10", tmp_path / "engine", weights="external")
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
+    with pytest.raises(BuildError, match=r"predicted: the build needs .* and 0.50 GB is available"):
+        build_engine(bare, "a10g,l4", tmp_path / "engine", weights="auto")
+    assert builds == [] and leftovers(tmp_path) == ["onnx"]
 
 
 def test_too_little_memory_is_refused_before_a_build(
@@ -839,7 +1120,7 @@ def test_a_folder_in_the_way_is_not_replaced(fp16: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_command_prints_the_folder_and_nothing_else(
-    fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fp16: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "engine"
     assert build_command([str(fp16), "--gpu", "a10g", "--out", str(out)]) == 0

@@ -16,7 +16,7 @@ from mistral_trt import doctor as doctor_module
 from mistral_trt.cli import COMMANDS, main
 from mistral_trt.devices import Device, LocalDevices, local_devices
 from mistral_trt.doctor import examine
-from mistral_trt.engines import doctor as targets_module
+from mistral_trt.engines import outlook as targets_module
 from mistral_trt.engines.flavor import Flavor
 from mistral_trt.engines.gpu import load_catalogue
 from mistral_trt.packages import Package, release, wanted_packages

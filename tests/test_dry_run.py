@@ -10,11 +10,12 @@ from mistral_trt.engines.__main__ import build as build_command
 from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.gpu import find_gpu
 from mistral_trt.engines.planning import settle as settle_module
-from mistral_trt.engines.planning.budget import predict
+from mistral_trt.engines.planning.budget import predict, usable_bytes
 from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
 from mistral_trt.engines.planning.dry_run import describe_budget, dry_run, to_json
 from mistral_trt.engines.planning.roofline import ceilings
 from mistral_trt.errors import BuildError, ConfigError
+from mistral_trt.manifest import read_manifest
 from tests.conftest import Folder
 from tests.test_budget import FLOAT_BYTES, contract_7b
 
@@ -26,7 +27,8 @@ LABELS = [
     "GPU: rings",
     "GPU: activations",
     "GPU: logits",
-    "GPU: all of these",
+    "GPU: reserve",
+    "GPU: all but reserve",
     "largest batch",
     "decode, one row",
     "decode, 4 rows",
@@ -54,11 +56,11 @@ def test_the_rows_of_a_7b_on_an_a10g() -> None:
     assert rows["GPU: weights"] == "14.48 GB"
     assert rows["GPU: rings"] == "2.28 GB, 4 x 570.4 MB"
     assert rows["GPU: logits"] == "32.8 MB"
-    assert rows["GPU: all of these"].endswith(" of 22.55 GB usable")
+    assert rows["GPU: all but reserve"].endswith(" of 22.55 GB usable")
     assert rows["largest batch"] == "13 rows"
     assert rows["decode, one row"] == "at most 41 tokens/s, ring full"
     assert rows["decode, 4 rows"].endswith(" tokens/s together")
-    assert rows["prefill"] == "at most 4,346 tokens/s"
+    assert rows["prefill"] == "at most 4,346 tokens/s, window full"
 
 
 def test_weights_beside_the_plan_are_links_or_copies() -> None:
@@ -91,6 +93,28 @@ def test_a_dry_run_as_json(onnx: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "decode_all_rows_tokens_per_s",
         "prefill_tokens_per_s",
     }
+
+
+def test_a_dry_run_for_several_gpus(onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(onnx), "--gpu", "l4,a10g", "--out", str(tmp_path / "engine"), "--dry-run"]
+    assert build_command([*words, "--json"]) == 0
+    gpus = {gpu["gpu"]: gpu for gpu in json.loads(capsys.readouterr().out)["gpus"]}
+    assert list(gpus) == ["a10g", "l4"]
+    for key, gpu in gpus.items():
+        assert gpu["usable_bytes"] == usable_bytes(find_gpu(key))
+        assert gpu["ceilings"]["prefill_tokens_per_s"] > 0 and gpu["rows_that_fit"] > 0
+    assert build_command(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].rstrip() for line in lines] == [*LABELS, *LABELS]
+    named = [line for line in lines if "NVIDIA A10G" in line or "NVIDIA L4" in line]
+    assert named == [lines[0], lines[len(LABELS)]]
+
+
+def test_the_smallest_of_several_gpus_decides(onnx: Path, tmp_path: Path) -> None:
+    rows = 12_000_000_000 // read_manifest(onnx).contract.ring_bytes_per_row
+    dry_run(onnx, "l40s,l4", tmp_path / "engine", max_batch_size=rows)
+    with pytest.raises(BuildError, match=r"t4 has 14.5 GB usable: use --max-batch-size \d+$"):
+        dry_run(onnx, "l4,t4", tmp_path / "engine", max_batch_size=2 * rows)
 
 
 def test_json_without_a_dry_run_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from mistral_trt.engines import engine_cache
 from mistral_trt.engines.build_key import BuildKey, build_key
 from mistral_trt.engines.engine_cache import DEFAULT_LIMIT_BYTES, CachedPlan, EngineCache
 from mistral_trt.errors import ArtifactError
-from mistral_trt.manifest import Manifest, sha256_file
+from mistral_trt.manifest import FileEntry, Manifest, sha256_file
 
 DETAILS = {"network_layers": {"ATTENTION_INPUT": 2}, "compiled": {"ring_copies": {"decode": 0}}}
 MODEL = ModelConfig(
@@ -75,12 +75,20 @@ def names(folder: Path) -> list[str]:
 @pytest.fixture
 def source() -> Manifest:
     contract = GraphContract(MODEL, "fp16", Ring(8, 4), 2, None)
-    return Manifest("onnx", {}, {}, contract, {}, {"graph_sha256": "graph"})
+    details = {"graph_sha256": "graph", "text_files": ["tokenizer.json"]}
+    return Manifest("onnx", {}, {}, contract, {}, details)
 
 
-def key_of(source: Manifest, sha256: str = "manifest", **changes: Any) -> BuildKey:
+def key_of(source: Manifest, data: str = "data", text: str = "text", **changes: Any) -> BuildKey:
+    """data, text: hash of the weights' file and of the tokenizer."""
+    files = {"model.onnx.data": FileEntry(data, 1), "tokenizer.json": FileEntry(text, 1)}
     facts = {"compute_capabilities": ["8.6"], "flavor": "tensorrt-rtx", "tensorrt": "1.7.1"}
-    return build_key(source, sha256, **{"weights": "embedded", **facts, **changes})
+    return build_key(replace(source, files=files), **{"weights": "embedded", **facts, **changes})
+
+
+def test_a_plan_does_not_depend_on_the_tokenizer_nor_on_who_exported(source: Manifest) -> None:
+    other = replace(source, versions={"python": "3.99"}, sources={"checkpoint": "another"})
+    assert key_of(source) == key_of(source, text="another") == key_of(other)
 
 
 def test_every_part_of_a_build_makes_another_key(source: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +127,9 @@ def test_a_key_is_the_same_every_time_and_survives_json(source: Manifest) -> Non
 
 def test_a_plan_without_its_weights_is_every_fine_tunes(source: Manifest) -> None:
     assert key_of(source, "one", weights="external") == key_of(source, "another", weights="external")
-    other = replace(source, details={"graph_sha256": "another"})
+    other = replace(source, details={**source.details, "graph_sha256": "another"})
     assert key_of(source, weights="external").digest != key_of(other, weights="external").digest
-    assert key_of(source, "same") == key_of(other, "same"), "embedded: the manifest's hash covers the graph"
+    assert key_of(source, "same") == key_of(other, "same"), "embedded: the files' hashes cover the graph"
 
 
 # --- kept and found -------------------------------------------------------------------------------------

@@ -151,6 +151,8 @@ def test_an_engine_for_several_gpus(tmp_path: Path, machine: Callable[..., None]
         assert "is whole and fits this machine" in refusal(folder)
     machine(replace(A10G, name="NVIDIA A100-SXM4-40GB", compute_capability="8.0"))
     assert "built for NVIDIA A10G, NVIDIA L4 (compute capability 8.6 or 8.9)" in refusal(folder)
+    machine(rtx="1.8.0.1")
+    assert "build the engine again with: mistral-trt build ONNX_DIR --gpu a10g,l4 --out" in refusal(folder)
 
 
 def test_a_link_to_the_same_bytes_is_the_same_file(folder: Path, tmp_path: Path) -> None:
@@ -274,7 +276,10 @@ RAW: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "predicted must hold the numbers device_bytes",
     ),
     "predicted memory of none": (lambda d: d["details"]["predicted"].update(device_bytes=None), "predicted"),
-    "no compute capability": (lambda d: d["details"].pop("compute_capabilities"), "compute_capabilities must"),
+    "no compute capability": (
+        lambda d: d["details"].pop("compute_capabilities"),
+        "compute_capabilities must",
+    ),
     "an empty list of them": (lambda d: d["details"].update(compute_capabilities=[]), "found []"),
     "a strange one": (lambda d: d["details"].update(compute_capabilities=["sm_86"]), 'must look like "8.6"'),
     "no GPU": (lambda d: d["details"].pop("gpus"), "details.gpus must be a list of names, found None"),
@@ -376,11 +381,11 @@ MACHINES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no GPU": ({"gpu": None}, ["this machine has no NVIDIA GPU", "run the ONNX folder", "mistral-trt gen"]),
     "another compute capability": (
         {"gpu": Device("NVIDIA L4", 24 << 30, "580", "8.9")},
-        ["(compute capability 8.6), and this machine has NVIDIA L4 (8.9); build for it with:", BUILD],
+        ["(compute capability 8.6), and this machine has NVIDIA L4 (8.9); build for it", BUILD],
     ),
     "a GPU that holds three rows": (
         {"gpu": replace(A10G, memory_bytes=REST + 4 * CONTRACT.ring_bytes_per_row - 1)},
-        ["of GPU memory by prediction", "build ONNX_DIR --gpu 'NVIDIA A10G' --max-batch-size 3 --out"],
+        ["of GPU memory by prediction", "build ONNX_DIR --gpu a10g --out", "--max-batch-size 3"],
     ),
     "a GPU that holds no row": (
         {"gpu": replace(A10G, memory_bytes=REST)},

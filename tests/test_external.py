@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mistral_trt.engines.network.placeholders import (
 )
 from mistral_trt.engines.network.quantized import Wiring, read_quantization
 from mistral_trt.engines.planning import settle as settle_module
-from mistral_trt.engines.planning.settle import choose_weights
+from mistral_trt.engines.planning.settle import predict_budget, settle_weights
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
@@ -287,28 +288,29 @@ def test_a_plan_that_kept_weights_is_refused() -> None:
 
 
 def test_weights_go_outside_by_themselves_where_the_build_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fp16: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mistral_trt")
-    budget: Any = object()
+    budget = predict_budget(read_manifest(fp16))
+    most = max(replace(budget, weights=kind).build_memory_bytes for kind in ("embedded", "external"))
 
-    def refuse(*arguments: object, **settings: object) -> None:
-        raise BuildError("predicted: the build needs too much")
+    def settled(wanted: str) -> str:
+        return settle_weights(wanted, budget, fp16, tmp_path).weights
 
-    monkeypatch.setattr(settle_module, "check_host", lambda *arguments, **settings: None)
-    assert [choose_weights(kind, budget, tmp_path) for kind in ("auto", "embedded", "external")] == [
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: most)
+    assert [settled(kind) for kind in ("auto", "embedded", "external")] == [
         "embedded",
         "embedded",
         "external",
     ]
     assert not caplog.records
-    monkeypatch.setattr(settle_module, "check_host", refuse)
-    assert choose_weights("auto", budget, tmp_path) == "external"
-    assert "the weights stay outside the plan: predicted: the build needs too much" in caplog.text
-    with pytest.raises(BuildError, match=r"the build needs too much"):
-        choose_weights("embedded", budget, tmp_path)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: most - 1)
+    assert settled("auto") == "external"
+    assert re.search(r"the weights stay outside the plan: predicted: .* is available$", caplog.text, re.M)
+    with pytest.raises(BuildError, match=r"the build needs .*; use --weights external, which needs"):
+        settled("embedded")
     with pytest.raises(BuildError, match="weights must be one of auto, embedded, external, found 'inside'"):
-        choose_weights("inside", budget, tmp_path)
+        settled("inside")
 
 
 @pytest.mark.parametrize("links", [True, False])

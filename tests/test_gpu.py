@@ -19,6 +19,7 @@ from mistral_trt.engines.gpu import (
     load_catalogue,
     read_gpu,
 )
+from mistral_trt.engines.planning.settle import check_target
 from mistral_trt.engines.table import gpu_table
 from mistral_trt.errors import BuildError, GpuError, MissingDependencyError
 

@@ -18,6 +18,7 @@ from mistral_trt.engines import refit as refit_module
 from mistral_trt.engines.__main__ import refit as refit_command
 from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.builder.plan import Plan
+from mistral_trt.engines.engine_cache import EngineCache
 from mistral_trt.engines.network.placeholders import refit_weights
 from mistral_trt.engines.refit import differences, refit_engine
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
@@ -72,6 +73,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine(stand_in: None, folders: Folder, tmp_path: Path) -> Path:
     build_engine(folders(), "a10g", tmp_path / "engine", weights="external")
     return tmp_path / "engine"
+
+
+def test_a_build_of_another_fine_tune_takes_the_kept_plan(
+    stand_in: None, folders: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan without weights is the graph's, in the cache as in a refit."""
+    cache = EngineCache(tmp_path / "cache")
+    before = build_engine(folders(), "a10g", tmp_path / "a", weights="external", cache=cache)
+    monkeypatch.setattr(build_module, "build_plan", lambda *_, **__: pytest.fail("it began to build"))
+    build_engine(folders(seed=1), "a10g", tmp_path / "b", weights="external", cache=cache)
+    check_refitted(tmp_path / "b", before, folders(seed=1))
+    assert (tmp_path / "a" / "model.plan").samefile(tmp_path / "b" / "model.plan")
 
 
 # --- what it makes --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from mistral_trt.contract import QUANTIZED, GraphContract, TensorSpec
 from mistral_trt.engines.builder.callbacks import BuilderLog
 from mistral_trt.engines.network.audit import AuditReport, attentions, audit
 from mistral_trt.engines.network.blame import blame, blaming
+from mistral_trt.engines.network.graph_file import load_graph
 from mistral_trt.engines.network.quantized import Quantization
 from mistral_trt.errors import BuildError
 
@@ -79,7 +80,7 @@ def parse_network(
 
 def check_operators(path: Path) -> None:
     """Raise BuildError if a node has an input or attribute that TensorRT would drop."""
-    for node in onnx.load(path, load_external_data=False).graph.node:
+    for node in load_graph(path).node:
         if node.op_type not in _OPERATOR_FORMS:
             continue
         inputs, forms = _OPERATOR_FORMS[node.op_type]

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from mistral_trt.artifact import MANIFEST_NAME, link_file, require_space
+from mistral_trt.engines.network.graph_file import load_graph
 from mistral_trt.engines.network.quantized import Wiring
 from mistral_trt.errors import BuildError, ManifestError
 from mistral_trt.progress import note, track
@@ -50,7 +51,7 @@ def refit_weights(path: Path) -> list[RefitWeight]:
 
     Raises ManifestError for one whose bytes are not where it says, BuildError for a dtype that is not ours.
     """
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = load_graph(path)
     external = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     try:
         weights = [_refit_weight(tensor) for tensor in external]

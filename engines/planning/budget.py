@@ -137,22 +137,31 @@ def check_host(budget: Budget, out: Path, *, memory_bytes: int, disk_bytes: int,
 
     linked: whether external weights can be hard-linked into `out`.
     """
-    needed = budget.build_memory_bytes
-    if needed > memory_bytes:
-        external = replace(budget, weights=EXTERNAL)
+    short = shortage(budget, memory_bytes=memory_bytes, disk_bytes=disk_bytes, linked=linked)
+    if short is None:
+        return
+    external = replace(budget, weights=EXTERNAL)
+    if budget.build_memory_bytes <= memory_bytes:
+        remedy = f"free some or choose another --out than {out}"
+    elif budget.weights == EMBEDDED and external.build_memory_bytes <= memory_bytes:
+        remedy = f"use --weights external, which needs {gigabytes(external.build_memory_bytes)}"
+    else:
         remedy = "free some or build on a machine that has that much"
-        if budget.weights == EMBEDDED and external.build_memory_bytes <= memory_bytes:
-            remedy = f"use --weights external, which needs {gigabytes(external.build_memory_bytes)}"
-        raise BuildError(
-            f"predicted: the build needs {gigabytes(needed)} of memory ({build_parts(budget)}), and "
-            f"{gigabytes(memory_bytes)} is available; {remedy}"
+    raise BuildError(f"{short}; {remedy}")
+
+
+def shortage(budget: Budget, *, memory_bytes: int, disk_bytes: int, linked: bool = True) -> str | None:
+    """What this machine lacks for the build, in words; None if nothing."""
+    if budget.build_memory_bytes > memory_bytes:
+        return (
+            f"predicted: the build needs {gigabytes(budget.build_memory_bytes)} of memory "
+            f"({build_parts(budget)}), and {gigabytes(memory_bytes)} is available"
         )
-    if budget.disk_bytes(linked=linked) > disk_bytes:
+    needed = budget.disk_bytes(linked=linked)
+    if needed > disk_bytes:
         what = "the plan needs" if linked or budget.weights == EMBEDDED else "the plan and its weights need"
-        raise BuildError(
-            f"predicted: {what} {gigabytes(budget.disk_bytes(linked=linked))} of disk, and "
-            f"{gigabytes(disk_bytes)} is free for {out}; free some or choose another --out"
-        )
+        return f"predicted: {what} {gigabytes(needed)} of disk, and {gigabytes(disk_bytes)} is free"
+    return None
 
 
 def build_parts(budget: Budget) -> str:

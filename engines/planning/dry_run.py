@@ -5,15 +5,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mistral_trt.artifact import require_apart
 from mistral_trt.engines.flavor import AUTO
 from mistral_trt.engines.gpu import GpuTarget
 from mistral_trt.engines.network.quantized import read_quantization
-from mistral_trt.engines.planning.budget import Budget, build_parts, gigabytes, usable_bytes
+from mistral_trt.engines.planning.budget import RESERVE_BYTES, Budget, build_parts, gigabytes, usable_bytes
 from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
 from mistral_trt.engines.planning.host import can_link
 from mistral_trt.engines.planning.remedy import check_device
 from mistral_trt.engines.planning.roofline import Ceilings, ceilings
-from mistral_trt.engines.planning.settle import check_target, predict_budget, settle_weights, with_rows
+from mistral_trt.engines.planning.settle import (
+    check_target,
+    predict_budget,
+    require_version,
+    settle_weights,
+    weights_of,
+    with_rows,
+)
 from mistral_trt.errors import BuildError
 from mistral_trt.manifest import read_manifest
 
@@ -30,17 +38,20 @@ def dry_run(
 ) -> None:
     """Print what is predicted, to stdout, and raise what a build would be refused for, after printing.
 
-    Arguments as of `build.build_engine`, and its errors; out: only the disk it would lie on is looked at.
+    Arguments as of `build.build_engine`, and its errors; of what a build looks at, only the content of the
+    ONNX folder's files is not.
     """
+    require_apart(out, onnx_dir)
     source = with_rows(read_manifest(onnx_dir, "onnx", check_files=False), max_batch_size)
-    targets, _ = check_target(gpus, source.contract.precision, flavor)
+    targets, chosen = check_target(gpus, source.contract.precision, flavor)
     budget, refusal = predict_budget(source, read_quantization(source)), None
     try:
         check_device(budget, targets.smallest)
-        budget = settle_weights(weights, budget, onnx_dir, out)
+        budget = settle_weights(weights_of(targets, weights), budget, onnx_dir, out)
     except BuildError as error:
         refusal = error
         budget = replace(budget, weights=EXTERNAL if weights == EXTERNAL else EMBEDDED)
+    require_version(chosen, source.contract, budget)
     linked = can_link(onnx_dir, out)
     if as_json:
         print(json.dumps(to_json(budget, targets.targets, linked=linked, refusal=refusal), indent=2))
@@ -89,11 +100,15 @@ def describe_budget(
         ("GPU: rings", f"{gigabytes(budget.rings_bytes)}, {rows} x {_size(budget.ring_bytes_per_row)}"),
         ("GPU: activations", _size(budget.activation_bytes)),
         ("GPU: logits", _size(budget.logits_bytes)),
-        ("GPU: all of these", f"{gigabytes(budget.engine_bytes)} of {gigabytes(usable_bytes(gpu))} usable"),
+        ("GPU: reserve", f"{gigabytes(RESERVE_BYTES)} of {gigabytes(gpu.memory_bytes)}"),
+        (
+            "GPU: all but reserve",
+            f"{gigabytes(budget.engine_bytes)} of {gigabytes(usable_bytes(gpu))} usable",
+        ),
         ("largest batch", f"{budget.rows_that_fit(gpu)} rows"),
         ("decode, one row", f"at most {roof.decode_tokens_per_s:,.0f} tokens/s, ring full"),
         (f"decode, {rows} rows", f"at most {roof.decode_all_rows_tokens_per_s:,.0f} tokens/s together"),
-        ("prefill", f"at most {roof.prefill_tokens_per_s:,.0f} tokens/s"),
+        ("prefill", f"at most {roof.prefill_tokens_per_s:,.0f} tokens/s, window full"),
     ]
 
 

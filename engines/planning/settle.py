@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mistral_trt.artifact import free_disk_bytes
+from mistral_trt.contract import GraphContract
 from mistral_trt.engines.builder.versions import check_version, features_of
 from mistral_trt.engines.flavor import AUTO, RTX, Flavor, check_weight_only, choose_flavor
 from mistral_trt.engines.network.quantized import Quantization, read_quantization
-from mistral_trt.engines.planning.budget import Budget, check_host, predict
+from mistral_trt.engines.planning.budget import Budget, check_host, predict, shortage
 from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL
 from mistral_trt.engines.planning.host import available_memory_bytes, can_link
 from mistral_trt.engines.planning.remedy import check_device
@@ -61,11 +62,9 @@ def settle(
     trt, quantization = chosen.load(), read_quantization(source)
     budget = predict_budget(source, quantization)
     check_device(budget, targets.smallest)
-    budget = settle_weights(weights, budget, onnx_dir, out)
-    job = Job(onnx_dir, source, targets, chosen, trt, budget, quantization)
-    features = features_of(source.contract, chosen.name, external=job.external)
-    check_version(chosen.name, trt.__version__, features)
-    return job
+    budget = settle_weights(weights_of(targets, weights), budget, onnx_dir, out)
+    require_version(chosen, source.contract, budget)
+    return Job(onnx_dir, source, targets, chosen, trt, budget, quantization)
 
 
 def check_target(gpus: str | Iterable[str], precision: str, flavor: str = AUTO) -> tuple[TargetSet, Flavor]:
@@ -77,6 +76,34 @@ def check_target(gpus: str | Iterable[str], precision: str, flavor: str = AUTO) 
     for target in targets.targets:
         check_weight_only(target, precision, chosen.name)
     return targets, chosen
+
+
+def require_version(flavor: Flavor, contract: GraphContract, budget: Budget) -> None:
+    """Raise BuildError if the installed TensorRT is older than what the graph needs, or is not there."""
+    features = features_of(contract, flavor.name, external=budget.weights == EXTERNAL)
+    check_version(flavor.name, flavor.load().__version__, features)
+
+
+def weights_of(targets: TargetSet, wanted: str) -> str:
+    """Where the weights of a plan for these GPUs may be: a plan for several architectures holds them.
+
+    TensorRT-RTX 1.7.1 fails inside on a single refittable weight there ("CHECK(sm_vers_.size() == 1)"), and
+    so does every later build of the process. Raises BuildError naming the builds that work.
+    """
+    if len(targets.sms) == 1:
+        return wanted
+    if wanted == EXTERNAL:
+        groups = [[gpu.key for gpu in targets.targets if gpu.sm == sm] for sm in targets.sms]
+        commands = [
+            f"mistral-trt build ONNX_DIR --gpu {','.join(keys)} --weights external --out DIR"
+            for keys in groups
+        ]
+        raise BuildError(
+            f"a plan for several compute capabilities ({', '.join(targets.compute_capabilities)}) cannot "
+            "leave its weights out: TensorRT-RTX does not build it; use --weights embedded, or build one "
+            f"engine for each: {'; '.join(commands)}"
+        )
+    return EMBEDDED if wanted == AUTO else wanted
 
 
 def with_rows(source: Manifest, max_batch_size: int | None) -> Manifest:
@@ -97,29 +124,18 @@ def predict_budget(source: Manifest, quantization: Quantization | None = None) -
 
 
 def settle_weights(wanted: str, budget: Budget, onnx_dir: Path, out: Path) -> Budget:
-    """The budget with its weights where `choose_weights` puts them. Raises BuildError if it does not fit."""
-    budget = replace(budget, weights=choose_weights(wanted, budget, out))
-    memory, disk = available_memory_bytes(), free_disk_bytes(out)
-    check_host(budget, out, memory_bytes=memory, disk_bytes=disk, linked=can_link(onnx_dir, out))
-    return budget
-
-
-def choose_weights(wanted: str, budget: Budget, out: Path) -> str:
-    """Where the weights will be: "embedded" in the plan, or "external" to it.
+    """The budget with its weights where they will be: "embedded" in the plan, or "external" to it.
 
     wanted: one of those, or "auto": embedded where this machine has the memory and the disk for it.
-    Raises BuildError if they must be embedded and do not fit.
+    Raises BuildError if it does not fit this machine as it is wanted.
     """
     if wanted not in WEIGHTS:
         raise BuildError(f"weights must be one of {', '.join(WEIGHTS)}, found {wanted!r}")
-    if wanted == EXTERNAL:
-        return EXTERNAL
-    try:
-        memory, disk = available_memory_bytes(), free_disk_bytes(out)
-        check_host(budget, out, memory_bytes=memory, disk_bytes=disk)
-    except BuildError as error:
-        if wanted == EMBEDDED:
-            raise
-        note(f"the weights stay outside the plan: {error}")
-        return EXTERNAL
-    return EMBEDDED
+    memory, disk, linked = available_memory_bytes(), free_disk_bytes(out), can_link(onnx_dir, out)
+    inside, outside = (replace(budget, weights=weights) for weights in (EMBEDDED, EXTERNAL))
+    settled = outside if wanted == EXTERNAL else inside
+    if wanted == AUTO and (short := shortage(inside, memory_bytes=memory, disk_bytes=disk, linked=linked)):
+        note(f"the weights stay outside the plan: {short}")
+        settled = outside
+    check_host(settled, out, memory_bytes=memory, disk_bytes=disk, linked=linked)
+    return settled

@@ -33,7 +33,7 @@ OPTIONAL = (*FLAVORS, "cuda-bindings")
 OLDEST_DRIVERS = {"12": "535", "13": "580"}
 """CUDA that a TensorRT package is made for → driver it needs on Linux (TensorRT's installation guide)."""
 
-_TARGETS = "mistral_trt.engines.doctor"
+_TARGETS = "mistral_trt.engines.outlook"
 _CUDA_PACKAGE = re.compile(r"cu(\d+)")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_trt.errors import ManifestError
-from mistral_trt.manifest import is_plain_name
+from mistral_trt.manifest import is_plain_name, repair_command
 
 INDEX_NAME = "weights.json"
 INDEX_VERSION = 1
@@ -25,8 +25,6 @@ DTYPE_BITS = {
     "float8_e4m3fn": 8,
 }
 """The dtypes a weight may have; int4 lies two to a byte, the first one low."""
-
-_REBUILD = "mistral-trt build ONNX_DIR --gpu GPU --weights external --out DIR"
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ def write_weight_index(folder: Path, weights: Sequence[RefitWeight]) -> None:
     (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def read_weight_index(folder: Path) -> list[RefitWeight]:
-    """Read `weights.json` and check it against the files beside it, by their sizes.
+def read_weight_index(folder: Path, *, check_files: bool = True) -> list[RefitWeight]:
+    """Read `weights.json` and, unless told not to, check it against the files beside it, by their sizes.
 
     Raises ManifestError with the command that makes the folder again.
     """
@@ -87,9 +85,11 @@ def read_weight_index(folder: Path) -> list[RefitWeight]:
     try:
         weights = _parse(json.loads(path.read_text(encoding="utf-8")))
         _require_distinct(weights)
-        check_places(weights, folder)
+        if check_files:
+            check_places(weights, folder)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, ManifestError) as error:
-        raise ManifestError(f"{path} cannot be used ({error}); make it again with: {_REBUILD}") from error
+        repair = repair_command(folder, "engine", {"weights": "external"})
+        raise ManifestError(f"{path} cannot be used ({error}); make it again with: {repair}") from error
     return weights
 
 

@@ -55,7 +55,8 @@ def print_outlooks(rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console()
     if not console.is_terminal:
         for row in rows:
-            print(f"{row['gpu']:<10} {row['compute_capability']:>5}  {row['why']}; {_run_words(row)}")
+            words = (row["why"], _run_words(row), ", ".join(row["precisions"]))
+            print(f"{row['gpu']:<10} {row['compute_capability']:>5}  {'; '.join(words)}")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("GPU", no_wrap=True)
