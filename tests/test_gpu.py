@@ -327,7 +327,7 @@ def test_local_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     assert local_gpus() == []
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G'\necho 'NVIDIA L4'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G, 23028, 580, 8.6'\necho 'NVIDIA L4, 23034, 580, 8.9'\n")
     tool.chmod(0o755)
     assert local_gpus() == ["NVIDIA A10G", "NVIDIA L4"]
     tool.write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
