@@ -14,9 +14,12 @@ DEMO_MODEL := build/models/smollm2-135m-instruct
 # Set these on make's command line. A variable of that name in the environment is not ours (GNU screen sets
 # WINDOW, for one) and does not count.
 MODEL = $(DEMO_MODEL)
+# One GPU, several with blanks between them for an engine each, or with commas for one that serves them all.
 GPU = a10g
 PRECISION = fp16
 FLAVOR = auto
+# auto, embedded (in the plan) or external (beside it)
+WEIGHTS =
 # Left empty, these keep the checkpoint's window and the defaults of `mistral-trt export`.
 WINDOW =
 CHUNK =
@@ -43,22 +46,35 @@ BIN := .venv/bin
 READY := .venv/.ready
 CLI := $(BIN)/mistral-trt
 GPUS := $(sort $(basename $(notdir $(wildcard engines/gpus/*.toml))))
+comma := ,
 
 override GPU := $(shell printf '%s' '$(GPU)' | tr 'A-Z' 'a-z')
 
-ifneq ($(filter engine,$(MAKECMDGOALS)),)
-  ifneq ($(words $(GPU)) $(filter $(GPU),$(GPUS)),1 $(GPU))
-    $(error unknown GPU '$(GPU)'; known: $(GPUS))
+ifneq ($(filter engine gpu-acceptance,$(MAKECMDGOALS)),)
+  UNKNOWN := $(filter-out $(GPUS),$(subst $(comma), ,$(GPU)))
+  ifneq ($(if $(strip $(GPU)),$(UNKNOWN),none),)
+    $(error unknown GPU '$(or $(UNKNOWN),$(GPU))'; known: $(GPUS))
   endif
 endif
 ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
-.PHONY: help demo engine report onnx test test-all lint gpus bench bench-export bench-quantization clean .engine .report .onnx
+QUANTIZATION = $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
+  $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
+  $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
+  $(foreach pattern,$(KEEP),--keep '$(pattern)') $(if $(QUALITY),--quality '$(QUALITY)') \
+  $(if $(LM_HEAD),--quantize-lm-head)
+SUFFIX = $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))$(if $(strip $(QUANTIZATION)),-q$(shell printf '%s' "$(QUANTIZATION)" | sha256sum | cut -c1-8))
+EXPORT_FLAGS = $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
+  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
+  $(QUANTIZATION)
+BUILD_FLAGS = --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization clean .engine .report .onnx
 
 help: ## show this list
-	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
 	@echo '     PRECISION: fp32 fp16 bf16, or int8 int8-weight-only int4 fp8 with [CALIBRATION=text KEEP=pattern QUALITY=perplexity=1.03]'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
 	  do printf '  %-12s %s\n' "$$target" "$$words"; done
@@ -68,15 +84,25 @@ help: ## show this list
 demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
 	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
 	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
-	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WEIGHTS= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
 	@$(BIN)/python bench/demo_summary.py build/demo
 
 engine: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## a TensorRT engine for GPU=…, from MODEL=…
-	@$(CLI) gpus --check $(GPU) --precision $(PRECISION) --flavor $(FLAVOR)
-	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .engine RUN=build/$$run
+	@for gpu in $(GPU); do $(CLI) gpus --check $$gpu --precision $(PRECISION) --flavor $(FLAVOR); done
+	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); \
+	  for gpu in $(GPU); do $(MAKE) .engine RUN=build/$$run GPU=$$gpu; done
+
+engines: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## an engine for every GPU that one can be built for here
+	@run=build/$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)); built=; \
+	  onnx=$$($(MAKE) .onnx RUN=$$run | tail -n 1); \
+	  for gpu in $(GPUS); do \
+	    if $(CLI) build $$onnx --gpu $$gpu $(BUILD_FLAGS) --out $$run/engines/$$gpu --dry-run > /dev/null; \
+	    then $(MAKE) .engine RUN=$$run GPU=$$gpu; built=1; fi; \
+	  done; \
+	  test -n "$$built" || { echo 'no engine in $(PRECISION) can be built here, for the reasons above' >&2; exit 1; }
 
 report: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the numeric report of MODEL=… at PRECISION=…
 	@run=$$($(CLI) identify '$(MODEL)' $(LORA_FLAGS)) && $(MAKE) .report RUN=build/$$run
@@ -104,8 +130,16 @@ bench: $(READY) demo-model ## the figures of the README, measured here
 bench-quantization: $(READY) demo-model ## what quantization costs and saves, measured here: 40 minutes
 	$(BIN)/python bench/quantization.py $(DEMO_MODEL) --out bench/results/quantization.json
 
+bench-build: $(READY) ## builds of a 7B at four depths beside what was predicted: an hour or so, 30 GB of disk
+	$(BIN)/python bench/build.py --out bench/results/build.json
+
 bench-export: $(READY) ## exports at full size, beside a copy of the files and beside other exporters: 25 minutes
 	$(BIN)/python bench/export.py
+
+gpu-acceptance: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## on a machine with GPU=…: its engine loaded, compared, timed
+	@$(if $(or $(LORA),$(word 2,$(subst $(comma), ,$(GPU)))),echo 'gpu-acceptance takes one GPU and no LORA' >&2; exit 2)
+	$(BIN)/python bench/gpu_acceptance.py '$(MODEL)' --gpu $(GPU) --precision $(PRECISION) \
+	  --out build/gpu-acceptance/$(GPU)-$(PRECISION)$(SUFFIX) -- $(EXPORT_FLAGS)
 
 clean: ## remove everything that was built (.venv stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
@@ -130,17 +164,8 @@ $(READY): requirements.lock pyproject.toml
 ifeq ($(RUN),)
 .NOTPARALLEL: # two goals may want one folder
 else
-QUANTIZATION := $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
-  $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
-  $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
-  $(foreach pattern,$(KEEP),--keep '$(pattern)') $(if $(QUALITY),--quality '$(QUALITY)') \
-  $(if $(LM_HEAD),--quantize-lm-head)
-SUFFIX := $(if $(WINDOW),-w$(WINDOW))$(if $(CHUNK),-c$(CHUNK))$(if $(MAX_BATCH),-b$(MAX_BATCH))$(if $(MAX_CONTEXT),-t$(MAX_CONTEXT))$(if $(strip $(QUANTIZATION)),-q$(shell printf '%s' "$(QUANTIZATION)" | sha256sum | cut -c1-8))
-EXPORT_FLAGS := $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefill-chunk $(CHUNK)) \
-  $(if $(MAX_BATCH),--max-batch-size $(MAX_BATCH)) $(if $(MAX_CONTEXT),--max-context $(MAX_CONTEXT)) \
-  $(QUANTIZATION)
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
-ENGINE := $(RUN)/engines/$(GPU)-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))
+ENGINE := $(RUN)/engines/$(subst $(comma),+,$(GPU))-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))$(if $(WEIGHTS),-$(WEIGHTS))
 REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
 PASSED := $(RUN)/.report-$(PRECISION)$(SUFFIX).passed
 CORE := $(wildcard src/mistral_trt/*.py)
@@ -155,8 +180,8 @@ CORE := $(wildcard src/mistral_trt/*.py)
 $(ONNX)/manifest.json: $(wildcard export/*.py export/quantization/*.* $(CALIBRATION)) $(CORE)
 	@$(CLI) export '$(MODEL)' $(LORA_FLAGS) --out $(@D) --precision $(PRECISION) $(EXPORT_FLAGS) > /dev/null
 
-$(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py) engines/gpus/$(GPU).toml
-	@$(CLI) build $(ONNX) --gpu $(GPU) --flavor $(FLAVOR) --out $(@D) > /dev/null
+$(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py engines/*/*.py) $(patsubst %,engines/gpus/%.toml,$(subst $(comma), ,$(GPU)))
+	@$(CLI) build $(ONNX) --gpu $(GPU) $(BUILD_FLAGS) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
 $(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)

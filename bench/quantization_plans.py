@@ -26,7 +26,7 @@ def plans(bench: Bench) -> dict[str, Any]:
     for precision, gpu in TARGETS.items():
         onnx = export_slice(bench, checkpoint, precision)
         engine = bench.scratch / f"engine-{precision}"
-        run_cli("build", str(onnx), "--gpu", gpu, "--out", str(engine))
+        run_cli("build", str(onnx), "--gpu", gpu, "--out", str(engine), "--no-cache")
         details = read_manifest(engine, check_files=False).details
         plan, weights = details["plan_bytes"], details["predicted"]["weights_bytes"]
         figures[precision] = {"gpu": gpu, "plan_bytes": plan, "weights_bytes": weights}

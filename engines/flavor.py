@@ -4,11 +4,11 @@
 (full) builds only on the GPU itself. The API is nearly the same, so only the imported module differs.
 """
 
-import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from mistral_trt.devices import local_devices
 from mistral_trt.engines.gpu import GpuTarget, RtxSupport
 from mistral_trt.errors import GpuError, MissingDependencyError, require
 from mistral_trt.progress import note
@@ -73,12 +73,7 @@ def check_weight_only(gpu: GpuTarget, precision: str, flavor: str) -> None:
 
 def local_gpus() -> list[str]:
     """Names of this machine's NVIDIA GPUs, as nvidia-smi prints them; empty without a driver."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    return [device.name for device in local_devices().devices]
 
 
 def _rtx(gpu: GpuTarget) -> Flavor:

@@ -16,7 +16,16 @@ from mistral_trt.errors import BuildError, GpuError
 CATALOGUE = Path(__file__).parent / "gpus"
 SEGMENTS = ("data centre", "GeForce")
 
-_FIGURES = ("memory_gb", "memory_bandwidth_gb_per_s", "fp16_tflops", "int8_tops", "fp8_tflops")
+_FIGURES = (
+    "memory_gb",
+    "memory_mib",
+    "memory_bandwidth_gb_per_s",
+    "fp16_tflops",
+    "int8_tops",
+    "fp8_tflops",
+)
+
+_MEMORY_TOLERANCE = 0.15
 
 FP8_CAPABILITY = "8.9"
 
@@ -57,6 +66,7 @@ class RtxSupport(Enum):
 class GpuTarget:
     """One GPU an engine can be built for. Figures are peaks, dense; gigabytes are decimal.
 
+    memory_gb: the board's nominal size.  memory_mib: the total that nvidia-smi prints.
     aliases: other names, among them what nvidia-smi prints.  sources: figure → where it was read.
     """
 
@@ -66,6 +76,7 @@ class GpuTarget:
     segment: str
     compute_capability: str
     memory_gb: float
+    memory_mib: int
     memory_bandwidth_gb_per_s: float
     fp16_tflops: float
     int8_tops: float
@@ -89,6 +100,7 @@ class GpuTarget:
                 raise GpuError(f"{self.key}: {name} must be a positive number, found {value!r}")
             if not self.sources.get(name):
                 raise GpuError(f"{self.key}: {name} has no entry in [sources]")
+        self._check_memory()
         if not self.sources.get("compute_capability"):
             raise GpuError(f"{self.key}: compute_capability has no entry in [sources]")
         if (self.fp8_tflops is not None) != self.runs(FP8_CAPABILITY):
@@ -104,7 +116,8 @@ class GpuTarget:
 
     @property
     def memory_bytes(self) -> int:
-        return int(self.memory_gb * 1e9)
+        """What the driver says the GPU has."""
+        return self.memory_mib << 20
 
     @property
     def rtx_support(self) -> RtxSupport:
@@ -118,6 +131,16 @@ class GpuTarget:
     def runs(self, lowest: str) -> bool:
         """Whether its compute capability is `lowest` or later."""
         return _number(lowest) <= _number(self.compute_capability)
+
+    def _check_memory(self) -> None:
+        """nvidia-smi counts a few percent more or less than the nominal size; a mistaken unit is far off."""
+        if not isinstance(self.memory_mib, int):
+            raise GpuError(f"{self.key}: memory_mib must be a whole number, found {self.memory_mib!r}")
+        if abs(self.memory_bytes / (self.memory_gb * 1e9) - 1) > _MEMORY_TOLERANCE:
+            raise GpuError(
+                f"{self.key}: memory_mib must be the total that nvidia-smi prints for {self.memory_gb:g} GB, "
+                f"found {self.memory_mib} MiB, which is {self.memory_bytes / 1e9:.1f} GB"
+            )
 
     def answers_to(self, name: str) -> bool:
         """Whether `name` is this GPU's key, name or an alias; case does not matter."""
@@ -177,6 +200,11 @@ def check_precision(gpu: GpuTarget, precision: str) -> None:
             f"{gpu.name} (compute capability {gpu.compute_capability}) cannot run {precision}, which needs "
             f"compute capability {lowest} or later ({what}); export with --precision {_either(usable)}"
         )
+
+
+def can_run(gpu: GpuTarget, precision: str) -> bool:
+    """Whether an engine of this precision can be built for the GPU."""
+    return precision in _NEEDS and gpu.runs(_NEEDS[precision][0])
 
 
 def _either(names: Sequence[str]) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mistral_trt.errors import EngineMismatchError, GenerationError, NonFiniteLogitsError, require
 from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
+from mistral_trt.runtime import device
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.engine_folder import check_engine_folder
 from mistral_trt.runtime.generate import FinishReason, Request, run_requests
 from mistral_trt.runtime.sampling import SamplingParams
 from mistral_trt.runtime.tokenizer import Message, Tokenizer
@@ -62,12 +64,13 @@ class Engine:
         """Check the artifact and load it.
 
         threads: CPU threads, None for the backend's own choice.  trust_weights: compare sizes only, not
-        hashes.  row_timeout_s: how long a request waits while all rows are in use.
+        hashes; that of an engine's plan always is.  row_timeout_s: how long a request waits while all rows
+        are in use.
         Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
         """
         path = Path(folder)
         manifest = read_manifest(path, check_files=not trust_weights)
-        cache = _open_backend(path, manifest, threads)
+        cache = _open_backend(path, manifest, threads, trusted=trust_weights)
         has_text = "tokenizer.json" in manifest.files
         tokenizer = Tokenizer.from_folder(path) if has_text else None
         return cls(cache, manifest, tokenizer, row_timeout_s)
@@ -166,17 +169,18 @@ def open_cache(
     exact: see `OnnxRuntimeBackend`.
     """
     manifest = read_manifest(folder, check_files=not trust_weights)
-    return _open_backend(folder, manifest, threads, exact=exact)
+    return _open_backend(folder, manifest, threads, exact=exact, trusted=trust_weights)
 
 
 def _open_backend(
-    folder: Path, manifest: Manifest, threads: int | None, *, exact: bool = False
+    folder: Path, manifest: Manifest, threads: int | None, *, exact: bool = False, trusted: bool = False
 ) -> RollingCache:
     if manifest.stage == "engine":
-        gpu = manifest.details.get("gpu_name", "a GPU")
+        check_engine_folder(folder, manifest, device.local_device, plan_hashed=not trusted)
         raise EngineMismatchError(
-            f"{folder} holds a TensorRT engine for {gpu}; this version builds and checks engines but does "
-            "not execute them. Run the ONNX folder it was built from, or the engine with TensorRT's own tools"
+            f"{folder} is whole and fits this machine, but this version builds and checks TensorRT engines "
+            "and does not execute them: the TensorRT backend is not in it; run the ONNX folder it was built "
+            "from: mistral-trt generate ONNX_DIR --prompt TEXT"
         )
     module = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
     backend = module.OnnxRuntimeBackend(folder / GRAPH_NAME, manifest.contract, threads=threads, exact=exact)

@@ -1,24 +1,35 @@
 """Predicted memory and disk, and the refusals made of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mistral_trt.artifact import free_disk_bytes
 from mistral_trt.config import ModelConfig
-from mistral_trt.contract import plan_contract
-from mistral_trt.engines.budget import (
+from mistral_trt.contract import CACHE_DTYPES, GraphContract, plan_contract
+from mistral_trt.engines.gpu import GpuTarget, find_gpu, load_catalogue
+from mistral_trt.engines.planning.budget import (
+    RESERVE_BYTES,
     Budget,
-    available_memory_bytes,
-    check_device,
     check_host,
     check_plan,
     predict,
+    usable_bytes,
 )
-from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, build_memory
+from mistral_trt.engines.planning.remedy import check_device
+from mistral_trt.engines.planning.sizes import (
+    activation_bytes,
+    linear_elements,
+    logits_bytes,
+    quantized_linear_bytes,
+)
 from mistral_trt.errors import BuildError
 
 GB = 1_000_000_000
+FLOAT_BYTES = 14_483_464_192  # of a 7B in float16
 
 MISTRAL_7B = ModelConfig(
     vocab_size=32000,
@@ -36,85 +47,296 @@ MISTRAL_7B = ModelConfig(
 )
 
 
-def budget_7b(max_batch_size: int = 1) -> Budget:
-    contract = plan_contract(MISTRAL_7B, precision="fp16", max_batch_size=max_batch_size)
-    return predict(contract, 14_483_000_000)
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "sliding_window": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+def contract_7b(precision: str = "fp16", rows: int = 1, layers: int = 32) -> GraphContract:
+    config = replace(MISTRAL_7B, num_hidden_layers=layers)
+    return plan_contract(config, precision=precision, max_batch_size=rows)
+
+
+def budget_7b(max_batch_size: int = 1, weights: str = EMBEDDED) -> Budget:
+    return predict(contract_7b(rows=max_batch_size), FLOAT_BYTES, weights=weights)
+
+
+# ---------------------------------------------------------------- the GPU
 
 
 def test_the_prediction_of_a_7b() -> None:
     budget = budget_7b(max_batch_size=4)
     assert budget.ring_bytes_per_row == 2 * 32 * 8 * 4352 * 128 * 2
     assert budget.rings_bytes == 4 * budget.ring_bytes_per_row
-    assert budget.device_bytes == 14_483_000_000 + budget.rings_bytes + GB
-    assert budget.build_memory_bytes == int(1.9 * 14_483_000_000) + GB
+    assert budget.logits_bytes == 256 * 32000 * 4
+    assert 90e6 < budget.activation_bytes < 110e6
+    parts = (FLOAT_BYTES, budget.rings_bytes, budget.activation_bytes, budget.logits_bytes)
+    assert budget.engine_bytes == sum(parts)
+    assert budget.device_bytes == budget.engine_bytes + RESERVE_BYTES
     assert set(budget.to_json()) == {
         "weights_bytes",
         "ring_bytes_per_row",
         "max_batch_size",
+        "activation_bytes",
+        "logits_bytes",
+        "reserve_bytes",
+        "device_bytes",
         "build_memory_bytes",
         "plan_bytes",
-        "device_bytes",
     }
+    assert all(isinstance(amount, int) for amount in budget.to_json().values())
 
 
-def test_a_7b_fits_an_a10g_with_as_many_rows_as_are_said_to_fit() -> None:
-    gpu = find_gpu("a10g")
-    rows = budget_7b().rows_that_fit(gpu)
-    check_device(budget_7b(rows), gpu)
-    message = (
-        rf"predicted: the engine needs .* GB of GPU memory \(14.48 GB weights, {rows + 1} rows of 0.57 GB"
-    )
-    with pytest.raises(BuildError, match=message) as error:
-        check_device(budget_7b(rows + 1), gpu)
-    assert str(error.value).endswith(
-        f"and NVIDIA A10G has 24.00 GB; export again with --max-batch-size {rows} or less"
-    )
-
-
-def test_weights_too_large_for_a_gpu_name_those_that_are_not() -> None:
-    budget = Budget(weights_bytes=45 * GB, ring_bytes_per_row=GB, max_batch_size=1)
-    with pytest.raises(BuildError, match=r"it would fit l40s, a100-80, h100, h200$"):
-        check_device(budget, find_gpu("a10g"))
-
-
-def test_weights_too_large_for_every_gpu() -> None:
-    budget = Budget(weights_bytes=400 * GB, ring_bytes_per_row=GB, max_batch_size=1)
-    with pytest.raises(BuildError, match="no GPU of the catalogue is large enough"):
-        check_device(budget, find_gpu("a10g"))
-
-
-def test_too_little_memory_for_the_build() -> None:
-    budget = budget_7b()
-    check_host(budget, Path("out"), memory_bytes=budget.build_memory_bytes, disk_bytes=budget.plan_bytes)
-    message = (
-        r"predicted: the build needs 28.52 GB of memory \(1.9 x 14.48 GB weights \+ 1.00 GB\), and "
-        "24.00 GB is available; free some or build on a machine that has that much"
-    )
-    with pytest.raises(BuildError, match=message):
-        check_host(budget, Path("out"), memory_bytes=24 * GB, disk_bytes=100 * GB)
+def test_logits_are_of_a_chunk_or_of_more_rows_than_that() -> None:
+    assert logits_bytes(contract_7b(rows=8)) == 4 * 32000 * 256
+    assert logits_bytes(contract_7b(rows=300)) == 4 * 32000 * 300
 
 
 @pytest.mark.parametrize(
-    ("precision", "factor"), [("int8", 1.6), ("int8-weight-only", 1.6), ("int4", 2.6), ("fp8", 1.6)]
+    ("changes", "settings", "measured"),
+    [
+        ({}, {}, 10_291_712 + 15_472_640),
+        ({"intermediate_size": 7168}, {}, 10_320_384 + 20_977_664),
+        ({"hidden_size": 2048}, {}, 10_349_056 + 17_258_496),
+        ({"num_attention_heads": 16}, {}, 10_291_712 + 17_569_792),
+        ({"vocab_size": 32768}, {}, 10_291_712 + 15_472_640),
+        ({"sliding_window": 4096}, {}, 10_304_000 + 23_009_280),
+        ({"num_hidden_layers": 4}, {}, 10_291_712 + 15_472_640),
+        ({}, {"prefill_chunk": 512}, 10_292_736 + 23_015_424),
+        ({}, {"max_batch_size": 32}, 10_650_624 + 15_472_640),
+        ({}, {"max_batch_size": 128}, 11_881_472 + 15_472_640),
+        (WIDE, {"max_batch_size": 8}, 8_341_504 + 77_987_840),
+        (WIDE, {"max_batch_size": 8, "prefill_chunk": 512}, 8_343_552 + 89_128_960),
+        ({**WIDE, "sliding_window": 1024}, {"max_batch_size": 8}, 8_323_072 + 26_083_328),
+        ({}, {"precision": "int8"}, 10_289_664 + 19_798_016),
+        ({}, {"precision": "int4"}, 24_640_000 + 15_996_928),
+        ({}, {"precision": "int8-weight-only"}, 24_637_952 + 15_996_928),
+    ],
 )
-def test_what_is_quantized_and_what_is_not_count_with_their_own_factors(
-    precision: str, factor: float
+def test_activations_are_not_less_than_the_builder_reported(
+    changes: dict[str, int], settings: dict[str, object], measured: int
 ) -> None:
-    contract = plan_contract(MISTRAL_7B, precision=precision)
-    budget = predict(contract, 4_500_000_000, quantized_bytes=4_000_000_000)
-    assert budget.build_memory_bytes == int(factor * 4_000_000_000 + 1.9 * 500_000_000) + GB
+    """`compiled.activation_bytes`, decode and prefill, of SM86 builds with tensorrt-rtx 1.7.1."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 2, "sliding_window": 1024, "vocab_size": 4096, "num_hidden_layers": 2}
+    config = replace(MISTRAL_7B, **{**shape, **changes})  # type: ignore[arg-type]
+    contract = plan_contract(config, **{"precision": "fp16", **settings})  # type: ignore[arg-type]
+    above = 1.35 if contract.ring.prefill_chunk == 256 else 2
+    assert measured <= activation_bytes(contract) <= above * measured
+
+
+def test_activations_of_one_layer_of_a_7b() -> None:
+    assert 90_869_760 <= activation_bytes(contract_7b(rows=8)) <= 1.15 * 90_869_760
+
+
+def test_the_linears_of_a_7b_in_each_precision() -> None:
+    assert 2 * linear_elements(MISTRAL_7B) == 13_958_643_712
+    assert quantized_linear_bytes(MISTRAL_7B, "int8") / 13_958_643_712 == pytest.approx(0.5, abs=0.001)
+    assert quantized_linear_bytes(MISTRAL_7B, "int8-weight-only") < quantized_linear_bytes(MISTRAL_7B, "int8")
+    assert quantized_linear_bytes(MISTRAL_7B, "int4") / 13_958_643_712 == pytest.approx(0.258, abs=0.001)
+
+
+def refusal(budget: Budget, gpu: str) -> str:
+    with pytest.raises(BuildError) as error:
+        check_device(budget, find_gpu(gpu))
+    return str(error.value)
+
+
+def test_too_many_rows_name_the_largest_batch_and_the_precision_that_holds_them_all() -> None:
+    assert refusal(budget_7b(16), "a10g") == (
+        "predicted: 16 rows of ring need 9.1 GB beside 14.5 GB of weights and 0.1 GB of activations and "
+        "logits; a10g has 22.5 GB usable: use --max-batch-size 13, or export with --precision int8"
+    )
+
+
+def test_rows_that_only_fewer_rows_can_mend() -> None:
+    assert refusal(budget_7b(64), "a10g").endswith("has 22.5 GB usable: use --max-batch-size 13")
+
+
+def test_weights_that_do_not_fit_name_the_precision_that_does() -> None:
+    message = refusal(budget_7b(1), "t4")
+    assert message.startswith("predicted: 1 row of ring needs 0.6 GB beside 14.5 GB of weights")
+    assert message.endswith("t4 has 14.5 GB usable: export with --precision int8-weight-only")
+    large = predict(contract_7b("int8"), 26 * GB, quantized_bytes=25 * GB)
+    assert refusal(large, "a10g").endswith("export with --precision int4")
+
+
+def test_weights_and_rows_that_need_both() -> None:
+    message = refusal(budget_7b(64), "t4")
+    assert message.endswith("export with --precision int8-weight-only and use --max-batch-size 11")
+
+
+def test_weights_too_large_for_a_gpu_name_those_that_are_not() -> None:
+    budget = predict(contract_7b("int4"), 40 * GB, quantized_bytes=GB)
+    assert refusal(budget, "a10g").endswith("usable: it would fit a100-40, l40s, h100, a100-80, h200")
+    assert refusal(replace(budget, weights_bytes=100 * GB), "a10g").endswith("it would fit h200")
+
+
+def test_weights_too_large_for_every_gpu() -> None:
+    budget = predict(contract_7b("int4"), 400 * GB, quantized_bytes=GB)
+    assert refusal(budget, "a10g").endswith("no GPU of the catalogue is large enough")
+
+
+gpus = st.sampled_from(list(load_catalogue().values()))
+
+
+@given(
+    gpus, st.integers(0, 200 * GB), st.sampled_from(["fp16", "int8", "int4"]), st.sampled_from([1, 64, 256])
+)
+def test_rows_that_fit_is_the_largest_batch_that_is_accepted(
+    gpu: GpuTarget, weights: int, precision: str, chunk: int
+) -> None:
+    contract = plan_contract(MISTRAL_7B, precision=precision, prefill_chunk=chunk)
+    budget = predict(contract, weights)
+    rows = budget.rows_that_fit(gpu)
+    if rows:
+        check_device(budget.with_rows(rows), gpu)
+    with pytest.raises(BuildError):
+        check_device(budget.with_rows(rows + 1), gpu)
+
+
+@given(gpus, st.integers(1, 4000))
+def test_what_a_refusal_offers_is_accepted(gpu: GpuTarget, rows: int) -> None:
+    budget = budget_7b(rows)
+    if budget.fits(gpu):
+        return
+    offered = refusal(budget, gpu.key).rpartition("usable: ")[2]
+    if offered.startswith("use --max-batch-size "):
+        check_device(budget.with_rows(int(offered.split()[2].rstrip(","))), gpu)
+    assert usable_bytes(gpu) < budget.engine_bytes
+
+
+# ---------------------------------------------------------------- this machine
+
+layers = st.integers(1, 64)
+
+
+@given(layers, layers, st.sampled_from([*CACHE_DTYPES]), st.sampled_from([EMBEDDED, EXTERNAL]))
+def test_more_layers_need_no_less(a: int, b: int, precision: str, weights: str) -> None:
+    low, high = (
+        predict(contract_7b(precision, layers=count), count * 400_000_000, weights=weights)
+        for count in sorted((a, b))
+    )
+    for name in ("build_memory_bytes", "plan_bytes", "device_bytes", "rings_bytes"):
+        assert getattr(low, name) <= getattr(high, name)
+
+
+@given(st.integers(0, 60 * GB), st.integers(0, 60 * GB), st.sampled_from([*CACHE_DTYPES]), st.floats(0, 1))
+def test_more_weights_need_no_less(a: int, b: int, precision: str, share: float) -> None:
+    low, high = (
+        predict(contract_7b(precision), amount, quantized_bytes=int(share * amount))
+        for amount in sorted((a, b))
+    )
+    assert low.build_memory_bytes <= high.build_memory_bytes
+    assert low.device_bytes <= high.device_bytes
+
+
+@given(st.integers(0, 60 * GB), layers, st.sampled_from([*CACHE_DTYPES]), st.floats(0, 1))
+def test_weights_inside_the_plan_need_no_less_memory_than_outside(
+    amount: int, count: int, precision: str, share: float
+) -> None:
+    contract = contract_7b(precision, layers=count)
+    inside, outside = (
+        predict(contract, amount, quantized_bytes=int(share * amount), weights=weights)
+        for weights in (EMBEDDED, EXTERNAL)
+    )
+    assert inside.build_memory_bytes >= outside.build_memory_bytes
+    assert inside.device_bytes == outside.device_bytes
+
+
+def test_every_precision_has_its_line() -> None:
+    for precision in CACHE_DTYPES:
+        inside, outside = (build_memory(precision, weights) for weights in (EMBEDDED, EXTERNAL))
+        assert outside.factor == outside.quantized_factor == 0 < inside.factor
+    assert build_memory("bf16", EMBEDDED) is BUILD_MEMORY["fp16", EMBEDDED]
+    assert build_memory("fp8", EXTERNAL) is BUILD_MEMORY["int8", EXTERNAL]
+
+
+def own_bytes(precision: str, weights: str = EMBEDDED) -> int:
+    return build_memory(precision, weights).peak_bytes(32, quantized_bytes=0, other_bytes=0)
+
+
+def test_what_the_memory_of_a_build_is_made_of() -> None:
+    constants = build_memory("fp16", EMBEDDED)
+    expected = own_bytes("fp16") + int(constants.factor * FLOAT_BYTES)
+    assert budget_7b().build_memory_bytes == pytest.approx(expected, abs=1)
+    assert budget_7b(weights=EXTERNAL).build_memory_bytes == own_bytes("fp16", EXTERNAL)
+
+
+def gb(amount: int) -> str:
+    return f"{amount / 1e9:.2f} GB"
+
+
+def test_too_little_memory_for_the_build_names_external_weights() -> None:
+    budget, factor = budget_7b(), build_memory("fp16", EMBEDDED).factor
+    check_host(budget, Path("out"), memory_bytes=budget.build_memory_bytes, disk_bytes=budget.plan_bytes)
+    with pytest.raises(BuildError) as error:
+        check_host(budget, Path("out"), memory_bytes=20 * GB, disk_bytes=100 * GB)
+    assert str(error.value) == (
+        f"predicted: the build needs {gb(budget.build_memory_bytes)} of memory ({factor:g} x 14.48 GB "
+        f"weights + {gb(own_bytes('fp16'))}), and 20.00 GB is available; use --weights external, which needs "
+        f"{gb(own_bytes('fp16', EXTERNAL))}"
+    )
+
+
+@pytest.mark.parametrize("weights", [EMBEDDED, EXTERNAL])
+def test_too_little_memory_for_any_build(weights: str) -> None:
+    message = "and 0.10 GB is available; free some or build on a machine that has that much"
+    with pytest.raises(BuildError, match=message) as error:
+        check_host(budget_7b(weights=weights), Path("out"), memory_bytes=GB // 10, disk_bytes=100 * GB)
+    assert ("for 32 layers without their weights" in str(error.value)) == (weights == EXTERNAL)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight-only", "int4", "fp8"])
+def test_what_is_quantized_and_what_is_not_count_with_their_own_factors(precision: str) -> None:
+    budget = predict(contract_7b(precision), 4_500_000_000, quantized_bytes=4_000_000_000)
+    constants = build_memory(precision, EMBEDDED)
+    weights = constants.quantized_factor * 4e9 + constants.factor * 0.5e9
+    assert budget.build_memory_bytes == pytest.approx(own_bytes(precision) + weights, abs=1)
     assert budget.plan_bytes == 4_540_000_000
-    assert budget.to_json()["weights_bytes"] == 4_500_000_000
-    message = rf"\({factor} x 4.00 GB quantized \+ 1.9 x 0.50 GB other weights \+ 1.00 GB\), and 3.00 GB"
+    message = (
+        rf"\({constants.quantized_factor:g} x 4.00 GB quantized \+ {constants.factor:g} x 0.50 GB other "
+        rf"weights \+ {gb(own_bytes(precision))}\), and 0.30 GB"
+    )
     with pytest.raises(BuildError, match=message):
-        check_host(budget, Path("out"), memory_bytes=3 * GB, disk_bytes=100 * GB)
+        check_host(budget, Path("out"), memory_bytes=3 * GB // 10, disk_bytes=100 * GB)
 
 
-def test_a_7b_in_int4_fits_a_t4_class_device_and_its_prediction_is_bytes() -> None:
-    contract = plan_contract(MISTRAL_7B, precision="int4", max_batch_size=4)
-    budget = predict(contract, 4_130_000_000, quantized_bytes=3_600_000_000)
+def test_a_7b_in_int4_fits_a_t4_class_device() -> None:
+    budget = predict(contract_7b("int4", rows=4), 4_130_000_000, quantized_bytes=3_600_000_000)
     check_device(budget, find_gpu("t4"))
-    assert all(isinstance(amount, int) for amount in budget.to_json().values())
+
+
+def test_the_disk_of_an_engine_with_its_weights_outside() -> None:
+    budget = budget_7b(weights=EXTERNAL)
+    assert budget.plan_bytes == 37_000_000
+    assert budget.disk_bytes() == budget.plan_bytes
+    assert budget.disk_bytes(linked=False) == budget.plan_bytes + FLOAT_BYTES
+    assert budget_7b().disk_bytes(linked=False) == budget_7b().plan_bytes
+
+
+def test_too_little_disk_for_the_plan() -> None:
+    message = (
+        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free for out; free some or choose another"
+    )
+    with pytest.raises(BuildError, match=message):
+        check_host(budget_7b(), Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
+
+
+def test_too_little_disk_for_weights_that_have_to_be_copied() -> None:
+    budget = budget_7b(weights=EXTERNAL)
+    check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
+    message = "predicted: the plan and its weights need 14.52 GB of disk, and 3.00 GB is free for out; free"
+    with pytest.raises(BuildError, match=message):
+        check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB, linked=False)
+
+
+# ---------------------------------------------------------------- the plan that was built
 
 
 @pytest.mark.parametrize(
@@ -138,80 +360,9 @@ def test_a_7b_in_int4_fits_a_t4_class_device_and_its_prediction_is_bytes() -> No
 def test_a_plan_that_does_not_hold_each_weight_once_is_refused(
     precision: str, plan_bytes: int, found: str | None
 ) -> None:
-    contract = plan_contract(MISTRAL_7B, precision=precision)
-    budget = predict(contract, GB, quantized_bytes=GB // 2 if precision != "fp16" else 0)
+    budget = predict(contract_7b(precision), GB, quantized_bytes=GB // 2 if precision != "fp16" else 0)
     if found is None:
         check_plan(budget, plan_bytes)
         return
     with pytest.raises(BuildError, match=found):
         check_plan(budget, plan_bytes)
-
-
-def test_too_little_disk_for_the_plan() -> None:
-    message = (
-        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free for out; free some or choose another"
-    )
-    with pytest.raises(BuildError, match=message):
-        check_host(budget_7b(), Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
-
-
-def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
-    assert free_disk_bytes(tmp_path / "a" / "b") > 0
-
-
-def fake_root(root: Path, files: dict[str, str]) -> Path:
-    for name, text in {"proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1000 kB\n", **files}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-V1 = "sys/fs/cgroup/memory"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 1_024_000),
-        ({"proc/self/cgroup": "0::/\n"}, 1_024_000),
-        # a container sees its own group at the top, whatever the path says
-        (
-            {
-                "proc/self/cgroup": "0::/host/path\n",
-                "sys/fs/cgroup/memory.max": "500000\n",
-                "sys/fs/cgroup/memory.current": "300000\n",
-                "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 5000\nactive_file 20000\n",
-            },
-            225_000,
-        ),
-        # the tightest group on the way up counts
-        (
-            {
-                "proc/self/cgroup": "0::/user/job\n",
-                "sys/fs/cgroup/user/memory.max": "400000\n",
-                "sys/fs/cgroup/user/memory.current": "300000\n",
-                "sys/fs/cgroup/user/job/memory.max": "max\n",
-                "sys/fs/cgroup/user/job/memory.current": "300000\n",
-            },
-            100_000,
-        ),
-        (
-            {
-                "proc/self/cgroup": "5:cpu:/\n4:memory:/job\n",
-                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
-                f"{V1}/memory.usage_in_bytes": "1\n",
-                f"{V1}/job/memory.limit_in_bytes": "50000\n",
-                f"{V1}/job/memory.usage_in_bytes": "60000\n",
-            },
-            0,
-        ),
-    ],
-)
-def test_available_memory_is_the_machines_or_the_groups(
-    tmp_path: Path, files: dict[str, str], expected: int
-) -> None:
-    assert available_memory_bytes(fake_root(tmp_path, files)) == expected
-
-
-def test_available_memory_of_this_machine() -> None:
-    assert available_memory_bytes() > 0

@@ -1,48 +1,74 @@
 """Engine builds: the strict log, the checks before a build with proof that each can fail, real plans."""
 
+import hashlib
 import io
 import logging
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from mistral_trt import __version__
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.engines import build as build_module
-from mistral_trt.engines import network as network_module
+from mistral_trt.engines import build_key as key_module
+from mistral_trt.engines import targets as targets_module
 from mistral_trt.engines.__main__ import build as build_command
-from mistral_trt.engines.build import build_engine, build_plan, builder_config, require_clean
-from mistral_trt.engines.callbacks import BuilderLog, PhaseTree, PlanSink, make_logger
-from mistral_trt.engines.compiled import compiled_summary
-from mistral_trt.engines.flavor import RTX
+from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.build_key import BUILD_VERSION
+from mistral_trt.engines.builder import plan as plan_module
+from mistral_trt.engines.builder.callbacks import (
+    ALLOWED_WARNINGS,
+    AllowedWarning,
+    BuilderLog,
+    PhaseTree,
+    PlanSink,
+    make_logger,
+    only_build,
+)
+from mistral_trt.engines.builder.compiled import compiled_summary
+from mistral_trt.engines.builder.plan import Plan, build_plan, builder_config, require_clean
+from mistral_trt.engines.engine_cache import EngineCache
+from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.gpu import find_gpu
-from mistral_trt.engines.network import (
+from mistral_trt.engines.network import audit as audit_module
+from mistral_trt.engines.network import parse as parse_module
+from mistral_trt.engines.network.audit import AuditReport, attentions, audit
+from mistral_trt.engines.network.parse import (
     ParsedNetwork,
     add_profiles,
     attend_ring_itself,
-    attentions,
-    audit,
     check_operators,
     one_line,
     parse_network,
 )
+from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.planning.dry_run import dry_run
+from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.inspect import describe
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
+from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
 
 Mutation = Callable[[onnx.ModelProto], None]
+A10G, L4 = (TargetSet((find_gpu(key),)) for key in ("a10g", "l4"))
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +164,15 @@ def make_circular(model: onnx.ModelProto) -> None:
     [
         (
             add_ignored_lengths,
-            r"layers.1.self_attn/Attention: Attention must have its first 4 inputs and no other, "
-            r"found inputs \[0, 1, 2, 3, 6\]; TensorRT would ignore the rest",
+            r"layer 1, self_attn \(node 'model.layers.1.self_attn/Attention'\): Attention must have its "
+            r"first 4 inputs and no other, found inputs \[0, 1, 2, 3, 6\]; TensorRT would ignore the rest",
         ),
-        (drop_mask, r"layers.0.self_attn/Attention: .* found inputs \[0, 1, 2\]"),
-        (add_causality, "layers.0.self_attn/Attention: Attention with is_causal = 1 is not what"),
-        (halve_scale, "layers.0.self_attn/Attention: Attention with scale = 0.5 is not what"),
+        (drop_mask, r"layers.0.self_attn/Attention'\): .* found inputs \[0, 1, 2\]"),
+        (add_causality, r"layers.0.self_attn/Attention'\): Attention with is_causal = 1 is not what"),
+        (halve_scale, r"layers.0.self_attn/Attention'\): Attention with scale = 0.5 is not what"),
         (
             make_circular,
-            "layers.0.self_attn/TensorScatter_1: TensorScatter with mode = b'circular' is not what",
+            r"layers.0.self_attn/TensorScatter_1'\): TensorScatter with mode = b'circular' is not what",
         ),
     ],
 )
@@ -162,9 +188,13 @@ def test_an_operator_in_another_form_is_refused(
     [
         (
             add_causality,
-            "cannot read .*: node 'model.layers.0.self_attn/Attention' .*Option mask cannot be used",
+            r"cannot read .*: layer 0, self_attn \(node 'model.layers.0.self_attn/Attention'\): Attention: .*"
+            "Option mask cannot be used",
         ),
-        (make_circular, "node 'model.layers.0.self_attn/TensorScatter_1' .*Only linear mode is supported"),
+        (
+            make_circular,
+            r"layer 0, self_attn \(node 'model.layers.0.self_attn/TensorScatter_1'\): .*Only linear mode is",
+        ),
     ],
 )
 def test_a_graph_tensorrt_refuses_names_the_node(
@@ -174,7 +204,7 @@ def test_a_graph_tensorrt_refuses_names_the_node(
     mutation: Mutation,
     message: str,
 ) -> None:
-    monkeypatch.setattr(network_module, "check_operators", lambda path: None)
+    monkeypatch.setattr(parse_module, "check_operators", lambda path: None)
     with pytest.raises(BuildError, match=message) as error:
         parse(mutated(mutation), contract)
     assert "\n" not in str(error.value)
@@ -250,20 +280,24 @@ def remove_a_write(model: onnx.ModelProto) -> None:
     [
         (
             cross_rings,
-            "ring write: expected past_key_values.0.key -> present.0.key, found .*0.key -> present.1",
+            r"layer 0, key ring \(tensor 'past_key_values.0.key'\): ring write: expected "
+            "past_key_values.0.key -> present.0.key, found .*0.key -> present.1",
         ),
         (
             write_a_copy,
             "ring write: expected past_key_values.0.key -> present.0.key, found copy -> present.0.key",
         ),
-        (present_is_not_the_write, "layers.0.self_attn/Attention: expected the keys to be 'present.0.key'"),
+        (
+            present_is_not_the_write,
+            r"layers.0.self_attn/Attention'\): expected the keys to be 'present.0.key'",
+        ),
         (
             attend_the_other_layer,
-            "layers.0.self_attn/Attention: expected the keys to be 'present.0.key', found",
+            r"layers.0.self_attn/Attention'\): expected the keys to be 'present.0.key', found",
         ),
         (
             attend_the_keys_as_values,
-            "layers.1.self_attn/Attention: expected to attend present.1.value, found",
+            r"layers.1.self_attn/Attention'\): expected to attend present.1.value, found",
         ),
         (add_unused_input, r"must have 7 inputs, found 8; not in the contract: \['extra'\]"),
         (rename_logits, r"network output: expected \('logits', 'FLOAT', .*, found \('scores'"),
@@ -291,7 +325,7 @@ def test_a_graph_of_another_contract_is_refused(fp16: Path, contract: GraphContr
 def test_an_attention_that_may_be_decomposed_is_refused(fp16: Path, contract: GraphContract) -> None:
     parsed = parse(fp16 / "model.onnx", contract)
     attentions(trt, parsed.network)[1].decomposable = True
-    with pytest.raises(BuildError, match=r"layers.1.self_attn/Attention: may be decomposed"):
+    with pytest.raises(BuildError, match=r"layers.1.self_attn/Attention'\): may be decomposed"):
         audit(trt, parsed.network, contract)
 
 
@@ -314,11 +348,11 @@ def test_each_fault_of_an_attention_is_found(change: dict[str, Any], message: st
         "key_value_lengths": None,
         "query_lengths": None,
     }
-    faults = network_module._attention_faults(trt, SimpleNamespace(**{**sound, **change}))
+    faults = audit_module.attention_faults(trt, SimpleNamespace(**{**sound, **change}))
     assert [what for wrong, what in faults if wrong] == [
         what for _, what in faults if what.startswith(message)
     ]
-    assert not any(wrong for wrong, _ in network_module._attention_faults(trt, SimpleNamespace(**sound)))
+    assert not any(wrong for wrong, _ in audit_module.attention_faults(trt, SimpleNamespace(**sound)))
 
 
 def test_a_ring_tensorrt_does_not_take_as_keys(
@@ -331,16 +365,16 @@ def test_a_ring_tensorrt_does_not_take_as_keys(
         get_input=lambda index: SimpleNamespace(name="product"),
         set_input=lambda index, tensor: False,
     )
-    monkeypatch.setattr(network_module, "attentions", lambda trt, network: [attention])
-    monkeypatch.setattr(network_module, "_producers", lambda network: {"product": product})
-    monkeypatch.setattr(network_module, "_is_product", lambda trt, layer: True)
+    monkeypatch.setattr(parse_module, "attentions", lambda trt, network: [attention])
+    monkeypatch.setattr(parse_module, "_producers", lambda network: {"product": product})
+    monkeypatch.setattr(parse_module, "_is_product", lambda trt, layer: True)
     with pytest.raises(BuildError, match=r"a: TensorRT does not take 'present.0.key' as keys"):
         attend_ring_itself(trt, None, contract)
 
 
 def test_profiles_are_the_contracts_in_its_order(fp16: Path, contract: GraphContract) -> None:
     parsed = parse(fp16 / "model.onnx", contract)
-    config = builder_config(trt, parsed.builder, contract, find_gpu("l4"), RTX)
+    config = builder_config(trt, parsed.builder, contract, L4, RTX)
     assert config.num_optimization_profiles == 2
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
 
@@ -355,11 +389,11 @@ def test_a_refused_profile_is_named(contract: GraphContract) -> None:
 
 
 def test_a_target_the_builder_does_not_know(contract: GraphContract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "add_profiles", lambda builder, config, contract: None)
+    monkeypatch.setattr(plan_module, "add_profiles", lambda builder, config, contract: None)
     config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
     builder = SimpleNamespace(create_builder_config=lambda: config)
     with pytest.raises(BuildError, match=r"tensorrt-rtx .* does not take SM86 as a target"):
-        builder_config(trt, builder, contract, find_gpu("a10g"), RTX)
+        builder_config(trt, builder, contract, A10G, RTX)
 
 
 # --- what TensorRT says while it builds -----------------------------------------------------------------
@@ -372,7 +406,8 @@ def test_a_target_the_builder_does_not_know(contract: GraphContract, monkeypatch
         ("INTERNAL_ERROR", "anything", True),
         ("WARNING", "Unused Input: lengths", True),
         ("VERBOSE", "Unused Input: lengths", True),
-        ("WARNING", "anything", False),
+        ("WARNING", "anything", True),
+        ("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.", False),
         ("INFO", "anything", False),
         ("VERBOSE", "Disabling unused tactic source: JIT_CONVOLUTIONS", False),
     ],
@@ -386,11 +421,44 @@ def test_which_lines_fail_a_build(severity: str, message: str, problem: bool) ->
             require_clean(True, log, PlanSink(io.BytesIO(), threading.Event()))
 
 
-def test_warnings_are_passed_on_but_for_the_usual_one(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("known", ALLOWED_WARNINGS)
+def test_a_warning_that_is_let_through_has_a_reason(known: AllowedWarning) -> None:
+    assert len(known.reason) > 20
+    for message in ("", "something odd", "Detected subnormal FP16 values"):
+        assert not re.search(known.pattern, message)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.", False),
+        (
+            "UNSUPPORTED_STATE: Skipping tactic 33 due to insufficient memory on requested size of 629145600 "
+            "detected for tactic 0xa5a46bfbd719d757.",
+            True,
+        ),
+        ("Tactic Device request: 600MB Available: 302MB. Device memory is insufficient to use tactic.", True),
+        ("CUDA lazy loading is not enabled. Enabling it can significantly reduce device memory usage.", True),
+    ],
+)
+def test_warnings_that_depend_on_the_machine_are_said_and_fail_no_build(
+    message: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     log = BuilderLog()
-    log.add("WARNING", "something odd")
-    log.add("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding.")
-    assert [record.getMessage() for record in caplog.records] == ["TensorRT: something odd"]
+    log.add("WARNING", message)
+    assert log.problems == []
+    assert [record.getMessage() for record in caplog.records] == ([f"TensorRT: {message}"] if said else [])
+
+
+def test_any_other_warning_fails_a_build_and_says_which() -> None:
+    log = BuilderLog()
+    log.add("WARNING", "model.layers.3.self_attn/Attention: something odd")
+    message = (
+        r"did not build cleanly: layer 3, self_attn \(node 'model.layers.3.self_attn/Attention'\): something "
+        r"odd \(a warning that is not known to be harmless\)"
+    )
+    with pytest.raises(BuildError, match=message):
+        require_clean(True, log, PlanSink(io.BytesIO(), threading.Event()))
 
 
 def test_no_plan_and_no_reason() -> None:
@@ -536,12 +604,26 @@ def test_a_real_plan(folders: Callable[[str], Path], tmp_path: Path, gpu: str, p
 @pytest.mark.slow
 def test_what_the_manifest_of_a_real_plan_says(fp16: Path, tmp_path: Path) -> None:
     details = build_engine(fp16, "NVIDIA A10G", tmp_path / "engine", flavor="tensorrt-rtx").details
-    assert (details["gpu"], details["gpu_name"]) == ("a10g", "NVIDIA A10G")
-    assert (details["compute_capability"], details["flavor"]) == ("8.6", "tensorrt-rtx")
+    assert (details["gpus"], details["gpu_name"]) == (["a10g"], "NVIDIA A10G")
+    assert (details["compute_capabilities"], details["flavor"]) == (["8.6"], "tensorrt-rtx")
     assert (details["tensorrt"], details["weights"]) == (trt.__version__, "embedded")
     compiled = details["compiled"]
     assert compiled["attention_kernels"] == {"decode": 2, "prefill": 2}
     assert compiled["ring_copies"] == {"decode": 0, "prefill": 0}
+
+
+@pytest.mark.slow
+def test_one_plan_for_two_gpus(fp16: Path, tmp_path: Path) -> None:
+    made = build_engine(fp16, "l4,a10g", tmp_path / "engine")
+    assert made == check_engine(tmp_path / "engine", fp16)
+    details = made.details
+    assert (details["gpus"], details["compute_capabilities"]) == (["a10g", "l4"], ["8.6", "8.9"])
+    assert details["gpu_name"] == "NVIDIA A10G, NVIDIA L4"
+    assert set(details["predicted"]["ceilings"]) == {"a10g", "l4"}
+    assert details["compiled"]["attention_kernels"] == {"decode": 2, "prefill": 2}
+    assert details["compiled"]["ring_copies"] == {"decode": 0, "prefill": 0}
+    rows = dict(describe(made))
+    assert (rows["gpu name"], rows["compute capabilities"]) == ("NVIDIA A10G, NVIDIA L4", "8.6, 8.9")
 
 
 @pytest.mark.slow
@@ -556,8 +638,8 @@ def test_two_builds_differ_in_nothing_but_the_plans_hash(fp16: Path, tmp_path: P
 def test_without_the_rewiring_every_layer_copies_its_key_ring(
     fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(network_module, "attend_ring_itself", lambda trt, network, contract: None)
-    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    monkeypatch.setattr(parse_module, "attend_ring_itself", lambda trt, network, contract: None)
+    monkeypatch.setattr(parse_module, "audit", lambda *network: AuditReport())
     manifest = build_engine(fp16, "a10g", tmp_path / "engine")
     assert manifest.details["compiled"]["ring_copies"] == {"decode": 2, "prefill": 2}
     assert "the plan copies whole rings in every step" in caplog.text
@@ -580,19 +662,19 @@ def test_an_input_that_tensorrt_ignores_fails_the_build(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(network_module, "audit", lambda trt, network, contract: None)
+    monkeypatch.setattr(parse_module, "audit", lambda *network: AuditReport())
     with (
         (tmp_path / "plan").open("wb") as file,
         pytest.raises(BuildError, match="cleanly: Unused Input: extra"),
     ):
-        build_plan(trt, mutated(add_unused_input), contract, find_gpu("a10g"), RTX, file)
+        build_plan(trt, mutated(add_unused_input), contract, A10G, RTX, file)
 
 
 @pytest.mark.slow
 def test_a_failed_build_leaves_nothing(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "check_precision", lambda gpu, precision: None)
+    monkeypatch.setattr(targets_module, "check_precision", lambda gpu, precision: None)
     with pytest.raises(BuildError, match=r"did not build cleanly: .*sm75, because the model contains .*b16"):
         build_engine(folders("bf16"), "t4", tmp_path / "engine")
     with pytest.raises(BuildError, match="Attention operation was not supported by a dedicated kernel"):
@@ -603,7 +685,83 @@ def test_a_failed_build_leaves_nothing(
 @pytest.mark.slow
 def test_a_full_disk_is_reported_as_such(fp16: Path, contract: GraphContract) -> None:
     with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        build_plan(trt, fp16 / "model.onnx", contract, find_gpu("a10g"), RTX, file)
+        build_plan(trt, fp16 / "model.onnx", contract, A10G, RTX, file)
+
+
+@pytest.mark.slow
+def test_two_builds_in_one_process_take_turns(
+    folders: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    with ThreadPoolExecutor(2) as pool:
+        made = [
+            pool.submit(build_engine, folders(precision), "l4", tmp_path / precision)
+            for precision in ("fp16", "bf16")
+        ]
+    for precision, build in zip(("fp16", "bf16"), made, strict=True):
+        assert build.result() == check_engine(tmp_path / precision, folders(precision))
+        assert build.result().details["compiled"]["attention_kernels"] == {"decode": 2, "prefill": 2}
+    assert "waiting until another build in this process has ended" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_builds_in_two_processes_do_not_meet(fp16: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from mistral_trt.engines.build import build_engine; "
+    code += "build_engine(Path(sys.argv[1]), 'a10g', Path(sys.argv[2]))"
+    commands = [[sys.executable, "-c", code, str(fp16), str(tmp_path / name)] for name in "ab"]
+    for process in [subprocess.Popen(command) for command in commands]:
+        assert process.wait(120) == 0
+    for name in "ab":
+        check_engine(tmp_path / name, fp16)
+
+
+@pytest.mark.slow
+def test_a_build_after_one_that_failed_has_tensorrts_logger(
+    folders: Callable[[str], Path], fp16: Path, contract: GraphContract, tmp_path: Path
+) -> None:
+    """A caught error keeps the failed build's builder alive, and with it TensorRT's idea of the logger."""
+    wrong = read_manifest(folders("fp32")).contract
+    with pytest.raises(BuildError) as error:
+        build_plan(trt, folders("fp32") / "model.onnx", wrong, A10G, RTX, io.BytesIO())
+    plan = build_plan(trt, fp16 / "model.onnx", contract, A10G, RTX, io.BytesIO())
+    assert plan.details["network_layers"]["ATTENTION_INPUT"] == 2
+    assert error.traceback  # still held
+
+
+def test_every_build_has_the_same_logger_and_its_own_log() -> None:
+    first, second = BuilderLog(), BuilderLog()
+    with only_build(trt, first) as logger:
+        logger.log(trt.ILogger.ERROR, "of the first")
+    with only_build(trt, second) as other:
+        other.log(trt.ILogger.ERROR, "of the second")
+    assert other is logger
+    assert (first.problems, second.problems) == (["of the first"], ["of the second"])
+
+
+def test_what_tensorrt_says_outside_of_a_build_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    with only_build(trt, BuilderLog()) as logger:
+        pass
+    logger.log(trt.ILogger.ERROR, "too late")
+    logger.log(trt.ILogger.INFO, "never mind")
+    assert [record.getMessage() for record in caplog.records] == ["TensorRT, outside of a build: too late"]
+
+
+def test_another_logger_would_be_noticed() -> None:
+    """Why there is one logger: TensorRT warns of a second, and that warning fails the build."""
+    log = BuilderLog()
+
+    class Other(trt.ILogger):  # type: ignore[misc,name-defined]  # known at run time
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.add(severity.name, message)
+
+    other = Other()
+    with only_build(trt, BuilderLog()) as logger:
+        builders = [trt.Builder(logger), trt.Builder(other)]
+    assert len(builders) == 2
+    assert "logger passed into createInferBuilder differs" in log.problems[0]
 
 
 @pytest.fixture
@@ -638,6 +796,250 @@ def test_ctrl_c_ends_a_build_cleanly(
     assert leftovers(tmp_path) == []
 
 
+# --- the cache ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tiny_checkpoint: Folder, untraced: None, tmp_path: Path) -> Path:
+    """An ONNX folder whose graph has weights and no node: enough for builds that are stood in for."""
+    folder = tmp_path / "onnx"
+    export_checkpoint(tiny_checkpoint(), folder, precision="fp16", prefill_chunk=4, max_batch_size=2)
+    return folder
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The targets of each build that TensorRT is asked for; its plan is made up, another every time."""
+    made: list[str] = []
+
+    def stand_in(
+        trt: Any,
+        onnx: Path,
+        contract: GraphContract,
+        targets: TargetSet,
+        flavor: Flavor,
+        file: BinaryIO,
+        **settings: Any,
+    ) -> Plan:
+        made.append(targets.name)
+        plan = f"plan {len(made)}".encode()
+        file.write(plan)
+        details = {"network_layers": {"build": len(made)}, "audit": [], "compiled": {}}
+        return Plan(hashlib.sha256(plan).hexdigest(), len(plan), details)
+
+    monkeypatch.setattr(build_module, "build_plan", stand_in)
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "cache")
+
+
+def plan_of(engine: Path) -> str:
+    read_manifest(engine, "engine")  # every byte of it
+    return (engine / "model.plan").read_text()
+
+
+def test_an_equal_build_takes_the_kept_plan(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    monkeypatch.setattr(build_module, "build_plan", lambda *_, **__: pytest.fail("it began to build"))
+    caplog.set_level(logging.INFO, "mistral_trt")
+    assert build_engine(bare, "NVIDIA A10G", tmp_path / "b", cache=cache) == first
+    assert (tmp_path / "a" / "model.plan").samefile(tmp_path / "b" / "model.plan")
+    assert "the plan of an equal build is used again" in caplog.text and "--no-cache" in caplog.text
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 1"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"),
+    [("a10g", {"max_batch_size": 3}), ("l4", {}), ("a10g,l4", {}), ("l4,t4", {"max_batch_size": 2})],
+)
+def test_another_build_does_not(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, gpus: str, settings: dict[str, Any]
+) -> None:
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, gpus, tmp_path / "b", cache=cache, **settings)
+    assert len(builds) == 2
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 2"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("a10g,l4", "l4,a10g"), ("a10g", "a10"), ("a10g", "a10,rtx3090"), ("l4", "l40s")]
+)
+def test_gpus_of_the_same_compute_capabilities_share_a_plan(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, first: str, second: str
+) -> None:
+    build_engine(bare, first, tmp_path / "a", cache=cache)
+    details = build_engine(bare, second, tmp_path / "b", cache=cache).details
+    assert len(builds) == 1 and plan_of(tmp_path / "b") == "plan 1"
+    assert sorted(details["gpus"]) == sorted(second.split(",")) == sorted(details["predicted"]["ceilings"])
+
+
+def test_a_build_without_a_cache_builds_and_keeps_nothing(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, "a10g", tmp_path / "b", cache=None)
+    build_engine(bare, "a10g", tmp_path / "c")
+    assert [plan_of(tmp_path / name) for name in "abc"] == ["plan 1", "plan 2", "plan 3"]
+    assert not (tmp_path / "home").exists()
+    build_engine(bare, "a10g", tmp_path / "d", cache=cache)
+    assert plan_of(tmp_path / "d") == "plan 1"
+
+
+@pytest.mark.parametrize("text", ["plan 9", "longer than it was", ""])
+def test_an_altered_plan_is_built_again(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+) -> None:
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    (tmp_path / "a" / "model.plan").write_text(text)  # the cache's own file by another name
+    build_engine(bare, "a10g", tmp_path / "b", cache=cache)
+    assert "was altered after it was kept; it is removed and built again" in caplog.text
+    build_engine(bare, "a10g", tmp_path / "c", cache=cache)
+    assert [plan_of(tmp_path / name) for name in "bc"] == ["plan 2", "plan 2"]
+    with pytest.raises(ManifestError):
+        read_manifest(tmp_path / "a", "engine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("BUILD_VERSION", 99, f"build version {BUILD_VERSION} → 99"),
+        ("__version__", "9.9", f"mistral-trt {__version__} → 9.9"),
+    ],
+)
+def test_another_version_builds_again_and_says_which(
+    bare: Path,
+    cache: EngineCache,
+    builds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    value: Any,
+    said: str,
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    assert "an equal plan was built before" not in caplog.text
+    monkeypatch.setattr(key_module, name, value)
+    build_engine(bare, "a10g", tmp_path / "b", cache=cache)
+    assert f"an equal plan was built before, by other versions, and is built again: {said}" in caplog.text
+    assert plan_of(tmp_path / "b") == "plan 2"
+
+
+def test_a_plan_that_is_refused_is_not_kept(
+    bare: Path, cache: EngineCache, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = vars(build_module)["build_plan"]  # the stand-in
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "build_plan", lambda *a, **k: replace(build(*a, **k), bytes=10**9))
+        with pytest.raises(BuildError, match="TensorRT stored weights more than once"):
+            build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    build_engine(bare, "a10g", tmp_path / "a", cache=cache)
+    assert plan_of(tmp_path / "a") == "plan 2"
+
+
+def test_a_cache_that_cannot_be_used_costs_nothing_but_time(
+    bare: Path, builds: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    (tmp_path / "file").write_text("no folder")
+    for name, cache in (("a", EngineCache(tmp_path / "file" / "cache")), ("b", EngineCache(tmp_path, 5))):
+        build_engine(bare, "a10g", tmp_path / name, cache=cache)
+        assert "the plan is not kept for the next build" in caplog.text
+        caplog.clear()
+    assert [plan_of(tmp_path / name) for name in "ab"] == ["plan 1", "plan 2"]
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command's own cache is; it does not exist yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "mistral-trt" / "engines"
+
+
+def test_the_command_uses_the_cache_unless_told_not_to(
+    bare: Path, home: Path, builds: list[str], tmp_path: Path
+) -> None:
+    def made(name: str, *options: str) -> str:
+        assert build_command([str(bare), "--gpu", "a10g", "--out", str(tmp_path / name), *options]) == 0
+        return plan_of(tmp_path / name)
+
+    assert made("a", "--no-cache") == "plan 1" and not home.exists()
+    assert made("b", "--cache-gb", "0") == "plan 2" and not home.exists()
+    assert made("c") == "plan 3" and len(list(home.glob("*/model.plan"))) == 1
+    assert made("d") == "plan 3"
+    assert made("e", "--no-cache") == "plan 4"
+    assert made("f", "--cache-gb", "0.5") == "plan 3"
+
+
+@pytest.mark.parametrize("size", ["-1", "nan", "inf", "1e308"])
+def test_a_size_of_the_cache_that_is_none_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_command(["onnx", "--gpu", "a10g", "--out", "out", f"--cache-gb={size}"])
+    assert "--cache-gb must be a size, 0 or more" in capsys.readouterr().err
+
+
+def test_the_command_writes_polygraphys_commands_beside_the_engine(
+    bare: Path,
+    home: Path,
+    builds: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "mistral_trt")
+    out = tmp_path / "engine"
+    assert build_command([str(bare), "--gpu", "a10g", "--out", str(out), "--polygraphy"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    folder = tmp_path / "engine-polygraphy"
+    assert f"{folder}: commands that compare the engine with its ONNX folder" in caplog.text
+    assert sorted(leftovers(folder)) == ["README.txt", "inputs.py", "run.sh"]
+    assert "USE_TENSORRT_RTX=1" in (folder / "run.sh").read_text()
+    assert plan_of(out) == "plan 1"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [("fp16", ["--weights", "external"], "does not refit one"), ("bf16", [], "cannot run bf16 on a CPU")],
+)
+def test_what_polygraphy_cannot_compare_is_refused_before_the_build(
+    bare: Path,
+    home: Path,
+    builds: list[str],
+    tmp_path: Path,
+    precision: str,
+    options: list[str],
+    message: str,
+) -> None:
+    manifest = read_manifest(bare)
+    replace(manifest, contract=replace(manifest.contract, precision=precision)).write(bare)
+    words = [str(bare), "--gpu", "a10g", "--out", str(tmp_path / "engine"), "--polygraphy", *options]
+    with pytest.raises(BuildError, match=message):
+        build_command(words)
+    assert builds == [] and leftovers(tmp_path) == ["onnx"]
+
+
 # --- what is refused before a build ---------------------------------------------------------------------
 
 
@@ -649,10 +1051,27 @@ def test_fp32_is_refused_before_a_build(fp16: Path, tmp_path: Path) -> None:
         build_engine(folder, "a10g", tmp_path / "engine")
 
 
+def test_a_plan_for_several_architectures_keeps_its_weights(
+    bare: Path, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX fails on a refittable weight there, and so does every later build of the process."""
+    message = (
+        r"several compute capabilities \(8.6, 8.9\) cannot leave its weights out.*--weights embedded, or .*"
+        "--gpu a10,a10g --weights external --out DIR; mistral-trt build ONNX_DIR --gpu l4 --weights external"
+    )
+    for start in (build_engine, dry_run):
+        with pytest.raises(BuildError, match=message):
+            start(bare, "a10g,l4,a10", tmp_path / "engine", weights="external")
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
+    with pytest.raises(BuildError, match=r"predicted: the build needs .* and 0.50 GB is available"):
+        build_engine(bare, "a10g,l4", tmp_path / "engine", weights="auto")
+    assert builds == [] and leftovers(tmp_path) == ["onnx"]
+
+
 def test_too_little_memory_is_refused_before_a_build(
     fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(BuildError, match=r"predicted: the build needs .* and 0.50 GB is available"):
         build_engine(fp16, "a10g", tmp_path / "engine")
 
@@ -701,7 +1120,7 @@ def test_a_folder_in_the_way_is_not_replaced(fp16: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_command_prints_the_folder_and_nothing_else(
-    fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fp16: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "engine"
     assert build_command([str(fp16), "--gpu", "a10g", "--out", str(out)]) == 0

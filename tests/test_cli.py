@@ -87,7 +87,7 @@ def test_every_command_exists_and_describes_itself(command: str, capsys: pytest.
     assert capsys.readouterr().out.startswith(f"usage: mistral-trt {command}")
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"gpus"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"gpus", "doctor"}))
 def test_a_command_without_its_arguments_is_a_usage_error(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.errors import EngineMismatchError, GenerationError, ManifestError, NonFiniteLogitsError
 from mistral_trt.export.onnx_folder import export_checkpoint
-from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.cache import RowSnapshot
 from mistral_trt.runtime.tokenizer import Tokenizer
@@ -200,14 +198,6 @@ def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path
     with pytest.raises(ManifestError, match="was altered after it was made"):
         Engine.load(copy)
     Engine.load(copy, trust_weights=True)
-
-
-def test_an_engine_folder_says_what_to_run_instead(folder: Path, tmp_path: Path) -> None:
-    made = read_manifest(folder)
-    replace(made, stage="engine", files={}, details={"gpu_name": "NVIDIA A10G"}).write(tmp_path)
-    assert read_manifest(tmp_path).stage == "engine"
-    with pytest.raises(EngineMismatchError, match=r"TensorRT engine for NVIDIA A10G.*Run the ONNX folder"):
-        Engine.load(tmp_path)
 
 
 def test_an_artifact_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from rich.console import Console
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.engines import flavor as flavors
 from mistral_trt.engines.__main__ import gpus
-from mistral_trt.engines.build import check_target
 from mistral_trt.engines.flavor import FULL, RTX, Flavor, choose_flavor, local_gpus
 from mistral_trt.engines.gpu import (
     RTX_TARGETS,
@@ -20,6 +19,7 @@ from mistral_trt.engines.gpu import (
     load_catalogue,
     read_gpu,
 )
+from mistral_trt.engines.planning.settle import check_target
 from mistral_trt.engines.table import gpu_table
 from mistral_trt.errors import BuildError, GpuError, MissingDependencyError
 
@@ -31,6 +31,7 @@ aliases = ["Tesla Test"]
 segment = "data centre"
 compute_capability = "8.6"
 memory_gb = 24
+memory_mib = 23028
 memory_bandwidth_gb_per_s = 600
 fp16_tflops = 70
 int8_tops = 140
@@ -38,6 +39,7 @@ int8_tops = 140
 [sources]
 compute_capability = "s"
 memory_gb = "s"
+memory_mib = "s"
 memory_bandwidth_gb_per_s = "s"
 fp16_tflops = "s"
 int8_tops = "s"
@@ -67,7 +69,13 @@ def test_figures_are_those_of_the_datasheets() -> None:
     assert (a10g.name, a10g.compute_capability, a10g.sm) == ("NVIDIA A10G", "8.6", "SM86")
     assert (a10g.memory_gb, a10g.memory_bandwidth_gb_per_s) == (24, 600)
     assert (a10g.fp16_tflops, a10g.int8_tops, a10g.fp8_tflops) == (70, 140, None)
-    assert a10g.memory_bytes == 24_000_000_000
+    assert a10g.memory_mib == 23028
+
+
+def test_memory_is_what_the_driver_says() -> None:
+    for gpu in load_catalogue().values():
+        assert gpu.memory_bytes == gpu.memory_mib * 2**20
+        assert gpu.memory_gb < gpu.memory_bytes / 1e9 < 1.08 * gpu.memory_gb, gpu.key
 
 
 def test_fp8_has_a_figure_exactly_where_the_hardware_has_it() -> None:
@@ -104,6 +112,15 @@ def test_adding_a_gpu_is_adding_a_file(tmp_path: Path) -> None:
         ('"data centre"', '"desktop"', "segment must be one of"),
         ("memory_gb = 24", "memory_gb = 0", "memory_gb must be a positive number, found 0"),
         ("memory_gb = 24", "memory_gb = true", "memory_gb must be a positive number, found True"),
+        ("memory_mib = 23028\n", "", r"missing fields \['memory_mib'\]"),
+        ("memory_mib = 23028", "memory_mib = -1", "memory_mib must be a positive number, found -1"),
+        ("memory_mib = 23028", "memory_mib = 23028.5", "memory_mib must be a whole number, found 23028.5"),
+        (
+            "memory_mib = 23028",
+            "memory_mib = 24",
+            "memory_mib must be the total that nvidia-smi prints for 24 GB, found 24 MiB, which is 0.0 GB",
+        ),
+        ('memory_mib = "s"\n', "", r"memory_mib has no entry in \[sources\]"),
         ("int8_tops = 140", 'int8_tops = "140"', "int8_tops must be a positive number, found '140'"),
         ('int8_tops = "s"\n', "", r"int8_tops has no entry in \[sources\]"),
         ('compute_capability = "s"\n', "", r"compute_capability has no entry in \[sources\]"),
@@ -310,7 +327,7 @@ def test_local_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     assert local_gpus() == []
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G'\necho 'NVIDIA L4'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G, 23028, 580, 8.6'\necho 'NVIDIA L4, 23034, 580, 8.9'\n")
     tool.chmod(0o755)
     assert local_gpus() == ["NVIDIA A10G", "NVIDIA L4"]
     tool.write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")

@@ -25,6 +25,7 @@ from mistral_trt.manifest import (
     is_plain_name,
     manifest_sha256,
     read_manifest,
+    repair_command,
     sha256_file,
     tool_versions,
 )
@@ -110,7 +111,8 @@ def test_a_path_that_is_no_folder(folder: Path) -> None:
     with pytest.raises(ManifestError, match=f"nowhere is not a folder; make it {REPAIR}.*nowhere"):
         read_manifest(folder / "nowhere", "onnx")
     with pytest.raises(
-        ManifestError, match=r"nowhere is not a folder; make it with: mistral-trt export … or build …"
+        ManifestError,
+        match=r"nowhere is not a folder; make it with: mistral-trt export .* or mistral-trt build ",
     ):
         read_manifest(folder / "nowhere")
     with pytest.raises(
@@ -306,3 +308,23 @@ def test_a_checkpoint_is_answered_with_the_command_that_exports_it(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ManifestError, match="looks like a checkpoint.*mistral-trt export .* --out ONNX_DIR"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "details", "command"),
+    [
+        ("onnx", {}, "mistral-trt export CHECKPOINT --out 'a b'"),
+        ("engine", {}, "mistral-trt build ONNX_DIR --gpu GPU --out 'a b'"),
+        ("engine", {"gpus": ["a10g", "l4"]}, "mistral-trt build ONNX_DIR --gpu a10g,l4 --out 'a b'"),
+        ("engine", {"gpus": ["$(x)"]}, "mistral-trt build ONNX_DIR --gpu '$(x)' --out 'a b'"),
+        ("engine", {"gpus": 3}, "mistral-trt build ONNX_DIR --gpu GPU --out 'a b'"),
+        (
+            "engine",
+            {"gpus": ["l4"], "weights": "external"},
+            "mistral-trt build ONNX_DIR --gpu l4 --out 'a b' --weights external",
+        ),
+    ],
+)
+def test_the_command_that_repairs_a_folder(stage: str, details: dict[str, object], command: str) -> None:
+    assert repair_command(Path("a b"), stage, details) == command
+    assert command.partition(" --gpu")[0] in repair_command(Path("a b"), None)

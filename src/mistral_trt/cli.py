@@ -1,7 +1,8 @@
 """`mistral-trt COMMAND …` → the stage that does it.
 
 Stages are imported only when their command is called, so each runs without the other stages' packages.
-Exit status: 0 done, 1 a validation gate failed, 2 anything that stopped the command.
+Exit status: 0 done, 1 a validation gate failed (or the doctor found something missing), 2 anything that
+stopped the command.
 """
 
 import logging
@@ -15,11 +16,13 @@ from mistral_trt.errors import MissingDependencyError, MistralTrtError
 COMMANDS = {
     "export": ("mistral_trt.export.__main__", "export", "checkpoint → ONNX folder"),
     "build": ("mistral_trt.engines.__main__", "build", "ONNX folder → TensorRT engine folder for a GPU"),
+    "refit": ("mistral_trt.engines.__main__", "refit", "engine folder → the same for another fine-tune"),
     "validate": ("mistral_trt.validate.__main__", "validate", "artifact and checkpoint → numeric report"),
     "generate": ("mistral_trt.runtime.__main__", "generate", "artifact and prompt → text, streamed"),
     "chat": ("mistral_trt.runtime.__main__", "chat", "artifact → a conversation in the terminal"),
     "inspect": ("mistral_trt.inspect", "inspect", "artifact → what is in it"),
     "gpus": ("mistral_trt.engines.__main__", "gpus", "the GPUs an engine can be built for"),
+    "doctor": ("mistral_trt.doctor", "doctor", "this machine → what works here, and what to do for the rest"),
     "identify": ("mistral_trt.export.__main__", "identify", "checkpoint → its name and hash"),
     "demo-model": ("mistral_trt.export.demo_model", "demo_model", "fetch the demo checkpoint"),
     "synth": (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest
+from mistral_trt.manifest import PLAN_NAME, Manifest, manifest_sha256, read_manifest
 
 _COUNTS = ("predicted", "network_layers", "compiled")
 """Sections of an engine's details that are numbers by name."""
@@ -28,15 +28,29 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("ring", f"W={ring.sliding_window} C={ring.prefill_chunk} R={ring.capacity}; {end}"),
         ("rows", f"{contract.max_batch_size}, {size(contract.ring_bytes_per_row)} of ring each"),
     ]
-    for key in ("name", "gpu_name", "compute_capability", "flavor", "tensorrt", "weights", "graph_sha256"):
+    for key in ("name", "gpu_name", "flavor", "tensorrt", "weights", "graph_sha256"):
         if isinstance(details.get(key), str):
             rows.append((key.replace("_", " "), details[key]))
+    if capabilities := details.get("compute_capabilities"):
+        rows.append(("compute capabilities", ", ".join(capabilities)))
     rows += weights_rows(details)
     rows += [(f"from {stage}", sha256) for stage, sha256 in manifest.sources.items()]
     rows += [(name.replace("_", " "), counts(details[name])) for name in _COUNTS if details.get(name)]
+    rows += [(f"audit: {row['check']}", row["found"]) for row in details.get("audit", [])]
+    if manifest.stage == "engine" and PLAN_NAME in manifest.files:
+        rows += plan_rows(manifest)
     rows += [(name, size(entry.bytes)) for name, entry in sorted(manifest.files.items())]
     rows.append(("versions", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())))
     return rows
+
+
+def plan_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What can be known of a plan without a GPU."""
+    plan, details = manifest.files[PLAN_NAME], manifest.details
+    weights = details.get("predicted", {}).get("weights_bytes")
+    where = "outside it" if details.get("weights") == "external" else "in it"
+    sizes = [size(plan.bytes), *([f"{size(weights)} of weights {where}"] if weights else [])]
+    return [("plan", ", ".join(sizes)), ("plan sha256", plan.sha256)]
 
 
 def weights_rows(details: Mapping[str, Any]) -> list[tuple[str, str]]:

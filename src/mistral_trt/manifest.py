@@ -6,6 +6,7 @@ made from, and carries the model config, the graph contract and the versions of 
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,9 +24,12 @@ FORMAT_VERSION = 1
 GRAPH_NAME = "model.onnx"
 """The decode graph of an ONNX folder."""
 
+PLAN_NAME = "model.plan"
+"""TensorRT's plan in an engine folder."""
+
 STAGES = {
     "onnx": "mistral-trt export CHECKPOINT --out {folder}",
-    "engine": "mistral-trt build ONNX_DIR --gpu GPU --out {folder}",
+    "engine": "mistral-trt build ONNX_DIR --gpu {gpu} --out {folder}",
 }
 """Stage → the command that makes (and repairs) its folder."""
 
@@ -100,33 +104,52 @@ class Manifest:
         write_file(folder / MANIFEST_NAME, text.encode())
 
 
-def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool = True) -> Manifest:
+def read_manifest(folder: Path, stage: str | None = None, *, check_files: bool | None = True) -> Manifest:
     """Read an artifact's manifest and check that the folder is what it says.
 
-    stage: the stage expected, None for any.  check_files: compare every file's SHA-256, not only its size.
-    Raises ManifestError in plain words, with the command that repairs it.
+    stage: the stage expected, None for any.  check_files: compare every file's SHA-256; False: only its size;
+    None: do not look at the files.  Raises ManifestError in plain words, with the command that repairs it.
     """
-    repair = STAGES.get(stage or "", "mistral-trt export … or build …").format(folder=folder)
+    repair = repair_command(folder, stage)
     if not folder.is_dir():
         raise ManifestError(f"{folder} is not a folder; make it with: {repair}")
     path = folder / MANIFEST_NAME
     if not path.is_file() and (folder / "config.json").is_file():
         raise ManifestError(
             f"{folder} looks like a checkpoint, not an artifact; "
-            f"make one from it with: mistral-trt export {folder} --out ONNX_DIR"
+            f"make one from it with: mistral-trt export {shlex.quote(str(folder))} --out ONNX_DIR"
         )
     if not path.is_file():
         raise ManifestError(
             f"{folder} holds no {MANIFEST_NAME}, so it is not a finished artifact; make it with: {repair}"
         )
-    manifest = _parse(path, repair)
+    manifest = _parse(path, stage)
     if stage is not None and manifest.stage != stage:
         raise ManifestError(
-            f"{folder}: expected an {stage} folder, found an {manifest.stage} folder; make one with: {repair}"
+            f"{folder}: expected an {stage} folder, found an {manifest.stage} folder; make one with: "
+            f"{STAGES[stage].format(folder='DIR', gpu='GPU')}"
         )
-    for name, entry in manifest.files.items():
-        _check_file(folder / name, entry, check_hash=check_files, repair=repair)
+    if check_files is not None:
+        repair = repair_command(folder, manifest.stage, manifest.details)
+        for name, entry in manifest.files.items():
+            _check_file(folder / name, entry, check_hash=check_files, repair=repair)
     return manifest
+
+
+def repair_command(folder: Path, stage: str | None, details: Mapping[str, Any] | None = None) -> str:
+    """The command that makes a folder, as far as is known what it was made for.
+
+    stage: None where that is not known.  details: of its manifest, which name an engine's GPUs and weights.
+    """
+    place = shlex.quote(str(folder))
+    if stage not in STAGES:
+        return " or ".join(command.format(folder=place, gpu="GPU") for command in STAGES.values())
+    known = details or {}
+    gpus = known.get("gpus")
+    named = isinstance(gpus, list) and gpus and all(isinstance(gpu, str) for gpu in gpus)
+    gpu = shlex.quote(" ".join(",".join(gpus).split())) if named and gpus else "GPU"
+    command = STAGES[stage].format(folder=place, gpu=gpu)
+    return command + (" --weights external" if known.get("weights") == "external" else "")
 
 
 def manifest_sha256(folder: Path) -> str:
@@ -176,13 +199,17 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and not any(c in name for c in "/\\\0")
 
 
-def _parse(path: Path, repair: str) -> Manifest:
+def _parse(path: Path, stage: str | None) -> Manifest:
+    repair = repair_command(path.parent, stage)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ManifestError(
             f"{path} cannot be read as JSON ({error}); make it again with: {repair}"
         ) from error
+    if isinstance(data, dict) and isinstance(data.get("stage"), str):
+        details = data.get("details")
+        repair = repair_command(path.parent, data["stage"], details if isinstance(details, dict) else None)
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         found = data.get("format_version") if isinstance(data, dict) else type(data).__name__
         raise ManifestError(

@@ -7,16 +7,46 @@ that is chosen at run time, which is why each class is made by a function.
 
 import hashlib
 import logging
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from mistral_trt.progress import Advance
+from mistral_trt.progress import Advance, note
 
 _LOG = logging.getLogger("mistral_trt")
 _FAILURES = ("INTERNAL_ERROR", "ERROR")
 _UNUSED = "Unused Input"
-_HARMLESS = "Int64 binding"  # said of each int64 input; int64 is what we bind
+
+
+class AllowedWarning(NamedTuple):
+    """A warning that does not fail a build.  said: whether the user gets to read it all the same."""
+
+    pattern: str
+    reason: str
+    said: bool
+
+
+ALLOWED_WARNINGS = (
+    AllowedWarning(
+        r"Make sure input \S+ has Int64 binding", "said of each int64 input, and int64 is what we bind", False
+    ),
+    AllowedWarning(
+        r"(?i)insufficient memory on requested size|Device memory is insufficient to use tactic",
+        "full TensorRT tries kernels on the GPU itself; one that does not fit there is left out, and what is "
+        "chosen instead is as right (github.com/NVIDIA/TensorRT-LLM/issues/493)",
+        True,
+    ),
+    AllowedWarning(
+        r"CUDA lazy loading is not enabled",
+        "a setting of the machine (CUDA_MODULE_LOADING) that costs memory and is not in the plan",
+        True,
+    ),
+)
+"""The first is the only one that tensorrt-rtx 1.7.1 prints in healthy builds, of any precision and GPU. The
+others depend on the machine, and only full TensorRT prints them."""
 
 
 @dataclass
@@ -28,26 +58,70 @@ class BuilderLog:
 
     def add(self, severity: str, message: str) -> None:
         """TensorRT builds wrong engines after some errors and ignores an input it cannot use with only a
-        warning, so both are problems, whatever the build returns."""
+        warning, so errors and warnings not known to be harmless are problems, whatever the build returns."""
+        allowed = [known for known in ALLOWED_WARNINGS if re.search(known.pattern, message)]
         if severity in _FAILURES or _UNUSED in message:
             self.problems.append(message)
-        elif severity == "WARNING" and _HARMLESS not in message:
-            _LOG.warning("TensorRT: %s", message)
-        else:
+        elif severity != "WARNING":
             self.verbose.append(message)
+        elif not allowed:
+            self.problems.append(f"{message} (a warning that is not known to be harmless)")
+        elif allowed[0].said:
+            _LOG.warning("TensorRT: %s", message)
+
+
+class _OneLogger:
+    """The ILogger of this process, and the log of the build that now runs.
+
+    TensorRT knows one logger a process for as long as any builder lives, and a failed build's traceback keeps
+    its builder alive: another logger gets "The logger passed into createInferBuilder differs", or nothing.
+    """
+
+    def __init__(self) -> None:
+        self.loggers: dict[Any, Any] = {}  # by base class: both TensorRTs may be installed
+        self.log: BuilderLog | None = None
+        self.building = threading.Lock()
+
+    def add(self, severity: str, message: str) -> None:
+        if self.log is not None:
+            self.log.add(severity, message)
+        elif severity in _FAILURES:
+            _LOG.warning("TensorRT, outside of a build: %s", message)
+
+
+_ONE = _OneLogger()
 
 
 def make_logger(trt: Any, log: BuilderLog) -> Any:
-    """An ILogger that writes into `log`."""
+    """TensorRT's ILogger, always the same one, which from now on writes into `log`."""
+    _ONE.log = log
+    if trt.ILogger not in _ONE.loggers:
 
-    class Logger(trt.ILogger):  # type: ignore[misc]  # a base known only at run time
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+        class Logger(trt.ILogger):  # type: ignore[misc]  # a base known only at run time
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
-            log.add(severity.name, message)
+            def log(self, severity: Any, message: str) -> None:
+                _ONE.add(severity.name, message)
 
-    return Logger()
+        _ONE.loggers[trt.ILogger] = Logger()
+    return _ONE.loggers[trt.ILogger]
+
+
+@contextmanager
+def only_build(trt: Any, log: BuilderLog) -> Iterator[Any]:
+    """TensorRT's logger for a build that no other of this process runs beside.
+
+    With one logger, lines of two builds could not be told apart. Builds of other processes are their own.
+    """
+    if not _ONE.building.acquire(blocking=False):
+        note("waiting until another build in this process has ended")
+        _ONE.building.acquire()
+    try:
+        yield make_logger(trt, log)
+    finally:
+        _ONE.log = None
+        _ONE.building.release()
 
 
 @dataclass

@@ -1,0 +1,227 @@
+"""One engine on its GPU → loaded, compared across the ring's turns, captured and timed.
+
+Everything is teacher-forced and goes through the package's own `RollingCache`, scenarios, poke probe and
+gates; only the backend is another.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_runner import EngineBackend
+
+from mistral_trt.devices import Device
+from mistral_trt.engines.flavor import FULL, RTX
+from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.manifest import Manifest, read_manifest
+from mistral_trt.runtime.cache import RollingCache, Step
+from mistral_trt.runtime.engine_folder import check_engine_folder, read_engine_details
+from mistral_trt.validate import gates as table
+from mistral_trt.validate.comparison import Job, run_scenario, runnable
+from mistral_trt.validate.metrics import concatenate, logit_errors
+from mistral_trt.validate.poke import PokeResult, poke_probe, questions
+from mistral_trt.validate.polygraphy_inputs import input_tokens
+from mistral_trt.validate.probes import Scenario, Tokens, play, scenarios
+from mistral_trt.validate.reference import load_model, require_memory, run_reference
+
+WARM_STEPS, TIMED_STEPS = 10, 50
+
+
+@dataclass
+class Bench:
+    """What the steps of one engine share.  modules: see `gpu_acceptance.accept`.  backend: once loaded."""
+
+    model: Path
+    onnx: Path
+    engine: Path
+    modules: Callable[[str], tuple[Any, Any]]
+    find_device: Callable[[], Device | None]
+    length: int | None = None
+    backend: EngineBackend | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.engine, "engine", check_files=False)
+
+    def cache(self) -> RollingCache:
+        """Fresh rows over the loaded engine."""
+        assert self.backend is not None
+        for row in range(self.backend.contract.max_batch_size):
+            self.backend.write_row(row, None)
+        return RollingCache(self.backend)
+
+    def tokens(self) -> Tokens:
+        tokens = input_tokens(self.onnx, read_manifest(self.onnx, "onnx", check_files=False))
+        if self.length is None or self.length >= len(tokens.ids):
+            return tokens
+        return Tokens(tokens.ids[: self.length], tokens.source, tokens.sha256, tokens.is_text)
+
+    def plans(self, tokens: Tokens) -> list[Scenario]:
+        """What is played: token by token from end to end too, where ONNX Runtime is not too slow for it."""
+        weights = self.manifest.details["predicted"]["weights_bytes"] // 2
+        return scenarios(self.manifest.contract, len(tokens.ids), weights=weights, seed=0)
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+            self.backend = None
+
+
+def load(bench: Bench) -> dict[str, Any]:
+    """Every check of the loader; then deserialize, refit if the weights lie beside it, check aliases."""
+    manifest = read_manifest(bench.engine, "engine")
+    check_engine_folder(bench.engine, manifest, bench.find_device)
+    flavor = read_engine_details(manifest).flavor
+    trt, cudart = bench.modules({flavor.name: flavor.module for flavor in (FULL, RTX)}[flavor])
+    started = time.perf_counter()
+    bench.backend = EngineBackend(trt, cudart, bench.engine, manifest.contract)
+    seconds = time.perf_counter() - started
+    rings = len(manifest.contract.past())
+    return {"load_s": round(seconds, 2), "log": [f"{rings} rings, each present on the memory of its past"]}
+
+
+def against_onnxruntime(bench: Bench) -> dict[str, Any]:
+    """Engine and ONNX graph side by side, and the poke probe, which is exact."""
+    contract, tokens = bench.manifest.contract, bench.tokens()
+    plans = bench.plans(tokens)
+    job = Job(bench.onnx, bench.model, bench.onnx.parent, None, None, 0, None)
+    with runnable(job, read_manifest(bench.onnx, "onnx", check_files=False)) as open_graph:
+        graph = open_graph()
+        results = [side_by_side(graph, bench.cache(), plan, tokens) for plan in plans]
+    asked = questions(contract, len(tokens.ids))
+    pokes = list(poke_probe(bench.cache(), asked, tokens=tokens.ids))
+    return judged(contract.precision, results, pokes)
+
+
+def against_pytorch(bench: Bench) -> dict[str, Any]:
+    """The engine's every position against the checkpoint in float32."""
+    contract, tokens = bench.manifest.contract, bench.tokens()
+    source = Checkpoint.open(bench.model)
+    require_memory(source, len(tokens.ids))
+    model = load_model(source, sliding_window=contract.ring.sliding_window)
+    reference = run_reference(model, tokens.ids)
+    del model
+    results = [
+        run_scenario(bench.cache(), plan, tokens=tokens, reference=reference) for plan in bench.plans(tokens)
+    ]
+    return judged(contract.precision, results, [])
+
+
+def side_by_side(
+    graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens
+) -> table.ScenarioResult:
+    """Play a scenario on both and compare call by call."""
+    found = []
+    calls = zip(play(graph, plan, tokens=tokens.ids), play(engine, plan, tokens=tokens.ids), strict=True)
+    for (start, expected), (_, logits) in calls:
+        targets = tokens.targets[start : start + len(logits)]
+        found.append(logit_errors(expected, logits, targets=targets))
+    return table.ScenarioResult(plan, concatenate(found), None)
+
+
+def judged(
+    precision: str, results: Sequence[table.ScenarioResult], pokes: Sequence[PokeResult]
+) -> dict[str, Any]:
+    """The gates of `mistral-trt validate`, held against what was found; without pokes, theirs left out."""
+    measured = table.measure(results, pokes)
+    gates = [g for g in table.read_gates(precision) if pokes or not g.metric.endswith(("_seen", "_unseen"))]
+    verdicts = table.judge(gates, measured)
+    failed = [f"{v.title}: {v.measured.value:.3g} at {v.measured.where}" for v in verdicts if not v.passed]
+    failed += [f"{result.scenario.name}: {result.failure}" for result in results if result.failure]
+    positions = sum(len(result.errors) for result in results)
+    summary = f"{positions} positions, {len(pokes)} pokes, {len(verdicts)} gates, {len(failed)} failed"
+    figures = {v.name: float(f"{v.measured.value:.4g}") for v in verdicts}
+    return {**figures, "failures": failed, "log": [*failed, summary]}
+
+
+def cuda_graph(bench: Bench) -> dict[str, Any]:
+    """A decode step captured and replayed: the same logits as the step itself, bit for bit, three times."""
+    assert bench.backend is not None
+    backend, cache, contract = bench.backend, bench.cache(), bench.manifest.contract
+    row, tokens = cache.acquire(), bench.tokens().ids
+    start = max(0, min(contract.ring.capacity + 1, len(tokens) - 4))
+    cache.append(row, tokens[:start])
+    before = cache.snapshot(row).rings
+    steps = [_step([tokens[p]], [p]) for p in range(start, min(start + 3, len(tokens)))]
+    expected = [backend.run(step) for step in steps]
+    backend.write_row(row, before)
+    captured = backend.capture(steps[0])
+    replayed = [backend.replay(captured, step) for step in steps]
+    backend.discard(captured)
+    differ = [
+        f"position {start + i}: the replayed step's logits differ"
+        for i, (a, b) in enumerate(zip(expected, replayed, strict=True))
+        if not np.array_equal(a.view(np.uint32), b.view(np.uint32))
+    ]
+    return {
+        "steps": len(steps),
+        "failures": differ,
+        "log": differ or [f"{len(steps)} steps, equal bit for bit"],
+    }
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    """Tokens/s of full rings at B = 1, 2, 4, …, and the time to the first token of a prompt as long as W."""
+    assert bench.backend is not None
+    contract, tokens = bench.manifest.contract, bench.tokens().ids
+    most = contract.max_batch_size
+    batches = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+    cache = bench.cache()
+    prompt = tokens[: min(contract.ring.sliding_window, len(tokens) - 1)]
+    first: list[float] = []
+    for row in cache.acquire_rows(most):
+        started = time.perf_counter()
+        cache.append(row, prompt)
+        first.append(time.perf_counter() - started)
+    position = len(prompt)
+    figures: dict[str, Any] = {"prompt_tokens": position, "first_token_ms": round(1e3 * min(first), 2)}
+    for batch in batches:
+        step = _step([tokens[position]] * batch, [position] * batch)
+        figures[f"tokens_per_s_b{batch}"] = _rate(lambda step=step: bench.backend.run(step), batch)
+        captured = bench.backend.capture(step)
+        replay = lambda step=step, captured=captured: bench.backend.replay(captured, step)  # noqa: E731
+        figures[f"tokens_per_s_b{batch}_graph"] = _rate(replay, batch)
+        bench.backend.discard(captured)
+    details = bench.manifest.details
+    ceilings = details["predicted"].get("ceilings", {}).get(details["gpus"][0], {})
+    return {**figures, **_beside(ceilings, figures, most), "log": [_words(figures, batches, ceilings)]}
+
+
+def _rate(call: Callable[[], Any], batch: int) -> float:
+    """Tokens/s of the median of TIMED_STEPS calls, upload and download included."""
+    for _ in range(WARM_STEPS):
+        call()
+    times = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return round(batch / statistics.median(times), 1)
+
+
+def _beside(ceilings: dict[str, float], figures: dict[str, Any], most: int) -> dict[str, float]:
+    """The predicted ceilings, and what share of them was reached."""
+    found = {f"predicted_{name}": value for name, value in ceilings.items()}
+    pairs = (("decode_tokens_per_s", 1), ("decode_all_rows_tokens_per_s", most))
+    for name, batch in pairs:
+        if ceilings.get(name):
+            reached = max(figures[f"tokens_per_s_b{batch}"], figures[f"tokens_per_s_b{batch}_graph"])
+            found[f"share_of_{name}"] = round(reached / ceilings[name], 3)
+    return found
+
+
+def _words(figures: dict[str, Any], batches: Sequence[int], ceilings: dict[str, float]) -> str:
+    rates = ", ".join(f"{figures[f'tokens_per_s_b{b}_graph']:.0f} at B={b}" for b in batches)
+    ceiling = ceilings.get("decode_tokens_per_s")
+    beside = f"; predicted ceiling at B=1: {ceiling:.0f}" if ceiling else ""
+    return f"tokens/s by CUDA graph: {rates}{beside}"
+
+
+def _step(tokens: Sequence[int], positions: Sequence[int]) -> Step:
+    """A decode step of rows 0…B-1."""
+    column = [np.asarray(values, np.int64)[:, None] for values in (tokens, positions)]
+    return Step(column[0], column[1], np.zeros_like(column[0]), 0)

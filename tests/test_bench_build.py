@@ -1,0 +1,213 @@
+"""The build bench's arithmetic: fits, judgements, the table; and its INT4 checkpoints, exported for real."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, BuildMemory
+from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.manifest import read_manifest
+from tests.conftest import Folder
+from tests.models import TINY
+
+BENCH = Path(__file__).parent.parent / "bench"
+RESULTS = BENCH / "results" / "build.json"
+NAMES = ("build", "build_fit", "build_models")
+GB = 1_000_000_000
+OUTSIDE = BuildMemory(900_000_000, 7_000_000, 0.0, 0.0)
+INSIDE = {
+    "fp16": BuildMemory(1_100_000_000, 7_000_000, 0.0, 1.7),
+    "int8": BuildMemory(900_000_000, 7_000_000, 1.5, 1.2),
+    "int4": BuildMemory(900_000_000, 7_000_000, 2.4, 1.2),
+}
+CODE_BYTES = {"fp16": 0, "int8": 218_000_000, "int4": 112_000_000}
+EMBEDDING_BYTES = 524_000_000
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """bench.fit is bench/build_fit.py, bench.models bench/build_models.py, bench.build bench/build.py."""
+    sys.path.insert(0, str(BENCH))
+    known = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    try:
+        build, fit, models = (importlib.import_module(name) for name in NAMES)
+        yield SimpleNamespace(build=build, fit=fit, models=models)
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+        sys.modules.update(known)
+
+
+def point(bench: Any, precision: str, weights: str, layers: int, *, noise: float = 1.0) -> Any:
+    """A build as the constants above have it."""
+    codes = CODE_BYTES[precision] * layers
+    floats = EMBEDDING_BYTES + (0 if codes else 436_000_000 * layers)
+    found = bench.fit.Point(precision, weights, layers, codes + floats, codes, 10.0, 1, plan_bytes=GB)
+    constants = OUTSIDE if weights == EXTERNAL else INSIDE[precision]
+    return replace(found, peak_bytes=int(noise * bench.fit.predicted(constants, found)))
+
+
+def points(bench: Any, *layers: int, **options: float) -> list[Any]:
+    return [
+        point(bench, precision, weights, count, **options)
+        for count in layers
+        for precision in INSIDE
+        for weights in (EXTERNAL, EMBEDDED)
+    ]
+
+
+def test_two_depths_give_back_the_constants_that_made_them(bench: Any) -> None:
+    found = bench.fit.fit(points(bench, 4, 8))
+    assert set(found) == {(precision, weights) for precision in INSIDE for weights in (EXTERNAL, EMBEDDED)}
+    for (precision, weights), constants in found.items():
+        expected = OUTSIDE if weights == EXTERNAL else INSIDE[precision]
+        assert vars(constants) == pytest.approx(vars(expected), rel=1e-3, abs=1e-3)
+
+
+@given(st.floats(0.9, 1.1), st.floats(0.9, 1.1))
+def test_no_constant_is_negative_whatever_was_measured(bench: Any, shallow: float, deep: float) -> None:
+    measured = [*points(bench, 4, noise=shallow), *points(bench, 8, noise=deep)]
+    for constants in bench.fit.fit(measured).values():
+        assert min(vars(constants).values()) >= 0
+
+
+def test_the_base_of_weights_inside_is_not_below_that_of_weights_outside(bench: Any) -> None:
+    measured = [*points(bench, 4, noise=0.8), *points(bench, 8, noise=1.1)]
+    found = bench.fit.fit(measured)
+    for precision in INSIDE:
+        assert found[precision, EMBEDDED].base_bytes >= found[precision, EXTERNAL].base_bytes
+
+
+def test_one_depth_fits_one_constant(bench: Any) -> None:
+    found = bench.fit.fit(points(bench, 1))
+    assert found["fp16", EXTERNAL] == BuildMemory(907_000_000, 0, 0.0, 0.0)
+    assert found["fp16", EMBEDDED].base_bytes == 907_000_000 and found["fp16", EMBEDDED].factor > 1.7
+
+
+def test_refused_builds_and_series_without_their_external_line_are_left_out(bench: Any) -> None:
+    inside = [point(bench, "fp16", EMBEDDED, layers) for layers in (4, 8)]
+    assert bench.fit.fit(inside) == {}
+    refused = replace(point(bench, "fp16", EXTERNAL, 4), peak_bytes=None)
+    assert bench.fit.fit([refused]) == {}
+
+
+def test_deep_builds_are_judged_and_shallow_ones_are_not(bench: Any) -> None:
+    results = bench.build.judge([*points(bench, 4, 8), *points(bench, 16, noise=1.1)], [4, 8])
+    assert [found["judged"] for found in results["builds"]] == [False] * 12 + [True] * 6
+    assert results["failures"] == []
+    assert results["builds"][-1]["error"] == pytest.approx(1 / 1.1 - 1, abs=0.002)
+
+
+def test_what_breaks_a_bound_is_named(bench: Any) -> None:
+    slow = replace(point(bench, "fp16", EXTERNAL, 16), seconds=61.5)
+    large = replace(point(bench, "fp16", EXTERNAL, 16), peak_bytes=2_100_000_000)
+    heavy = replace(point(bench, "int8", EMBEDDED, 16), peak_bytes=21 * GB)
+    refused = replace(point(bench, "int4", EMBEDDED, 16), peak_bytes=None)
+    failures = bench.build.judge([*points(bench, 4, 8), slow, large, heavy, refused], [4, 8])["failures"]
+    assert failures == [
+        "fp16 external, 16 layers: 61.5 s, at most 60",
+        "fp16 external, 16 layers: predicted 1.01 GB, took 2.10",
+        "fp16 external, 16 layers: 2.10 GB, at most 2.00",
+        "int8 embedded, 16 layers: predicted 6.87 GB, took 21.00",
+        "int8 embedded, 16 layers: 21.00 GB, at most 20.00",
+        "int4 embedded, 16 layers: it has to fit, and was refused: is the machine quiet?",
+    ]
+
+
+def test_the_table_shows_fitted_judged_and_refused(bench: Any) -> None:
+    refused = replace(point(bench, "fp16", EMBEDDED, 32), peak_bytes=None, seconds=2.0)
+    lines = bench.build.table(bench.build.judge([*points(bench, 4, 8), refused], [4, 8])).splitlines()
+    assert lines[2] == "| fp16 external | 4 | 10.0 | 0.93 | 0.93 | +0.0% (fitted) | 1000 |"
+    assert "| fp16 embedded | 32 | 2.0 | refused before it starts | 25.93 |  |  |" in lines
+    assert '("int4", EMBEDDED): BuildMemory(900_000_000, 7_000_000, 2.400, 1.200),' in lines
+    assert not any(line.startswith("FAILED") for line in lines)
+
+
+def measurement(status: int, output: str = "") -> Any:
+    return SimpleNamespace(
+        seconds=1.26, peak_anonymous_bytes=950_000_000, written_bytes=0, status=status, output=output
+    )
+
+
+def test_a_build_is_a_process_of_its_own(bench: Any, onnx_folder: Folder, tmp_path: Path) -> None:
+    onnx = onnx_folder(precision="fp16")
+    source = read_manifest(onnx)
+
+    def build(words: list[str], *, env: dict[str, str]) -> Any:
+        out = Path(words[words.index("--out") + 1])
+        assert words[words.index("--weights") + 1] == EXTERNAL and words[-2:] == ["--max-batch-size", "8"]
+        assert Path(env["XDG_CACHE_HOME"]).parent == out.parent
+        out.mkdir()
+        compiled = {"activation_bytes": {"decode": 5, "prefill": 7}}
+        details = {"plan_bytes": 3, "compiled": compiled, "predicted": {"activation_bytes": 11}}
+        replace(source, stage="engine", files={}, details=details).write(out)
+        return measurement(0)
+
+    found = bench.build.build_point(onnx, EXTERNAL, tmp_path, build)
+    assert found.series == ("fp16", EXTERNAL)
+    assert (found.layers, found.seconds, found.peak_bytes, found.plan_bytes) == (2, 1.3, 950_000_000, 3)
+    assert (found.activation_bytes, found.predicted_activation_bytes) == (12, 11)
+    assert (found.weights_bytes, found.quantized_bytes) == (source.details["weights_bytes"], 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_refuses_itself_is_a_row_and_a_broken_one_ends_the_bench(
+    bench: Any, onnx_folder: Folder, tmp_path: Path
+) -> None:
+    onnx, line = (
+        onnx_folder(precision="fp16"),
+        "mistral-trt build: predicted: the build needs 28.7 GB of memory",
+    )
+    found = bench.build.build_point(
+        onnx, EMBEDDED, tmp_path, lambda *_, **__: measurement(2, f"note\n{line}\n")
+    )
+    assert (found.peak_bytes, found.note) == (None, line)
+    for status, output in ((2, "no such GPU"), (1, line)):
+        with pytest.raises(SystemExit, match="ended with status"):
+            bench.build.build_point(
+                onnx, EMBEDDED, tmp_path, lambda *_, s=status, o=output, **__: measurement(s, o)
+            )
+
+
+def test_a_stored_int4_checkpoint_is_taken_over_code_for_code(bench: Any, tmp_path: Path) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    raw = {**TINY.to_json(), **shape, "hidden_act": "silu", "model_type": "mistral"}
+    bench.models.write_stored_int4(raw, 2, tmp_path / "checkpoint")
+    files = sorted(path.name for path in (tmp_path / "checkpoint").glob("*.safetensors"))
+    assert files == ["model-0.safetensors", "model-1.safetensors", "model-rest.safetensors"]
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx", precision="int4", prefill_chunk=4)
+    quantization = read_manifest(tmp_path / "onnx").details["quantization"]
+    assert quantization["scheme"]["block_size"] == 128
+    assert len(quantization["quantized"]) == 2 * 7
+
+
+def test_stored_tensors_are_codes_of_linears_and_floats_of_the_rest(bench: Any) -> None:
+    rng = np.random.default_rng(0)
+    linear = bench.models.stored_tensors("model.layers.0.mlp.up_proj.weight", (16, 256), rng)
+    assert {name.rpartition(".")[2]: array.shape for name, array in linear.items()} == {
+        "weight_packed": (16, 32),
+        "weight_scale": (16, 2),
+        "weight_shape": (2,),
+    }
+    for name, shape in (("model.layers.0.input_layernorm.weight", (8,)), ("lm_head.weight", (8, 4))):
+        (array,) = bench.models.stored_tensors(name, shape, rng).values()
+        assert (array.shape, array.dtype) == (shape, np.float16)
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="bench/build.py has not been run")
+def test_the_constants_in_use_are_the_measured_ones() -> None:
+    for name, constants in json.loads(RESULTS.read_text())["constants"].items():
+        precision, weights = name.split()
+        used = BUILD_MEMORY[precision, weights]
+        assert vars(used) == pytest.approx(constants, rel=0.02, abs=1e-3), name

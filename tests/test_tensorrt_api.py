@@ -1,0 +1,291 @@
+"""The listed names of TensorRT's API: in the installed packages, and neither more nor fewer than are used."""
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mistral_trt.engines.builder.api import (
+    BUILDER,
+    BUILDER_ENUMS,
+    RTX_ONLY,
+    RUNTIME,
+    RUNTIME_ENUMS,
+    SIGNATURES,
+    listed,
+)
+from mistral_trt.engines.gpu import RTX_TARGETS
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = (ROOT / "requirements.lock").read_text()
+LEAN, LEAN_PACKAGES = "tensorrt_lean_bindings", ("tensorrt_lean_cu13_bindings", "tensorrt_lean_cu13_libs")
+VARIABLES = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "parser": "OnnxParser",
+    "layer": "ILayer",
+    "product": "ILayer",
+    "attention": "IAttention",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "refitter": "Refitter",
+    "runtime": "Runtime",
+}
+"""What a variable of that name is, in a module that has `trt` as a parameter."""
+
+
+# --- the source -----------------------------------------------------------------------------------------
+
+
+def sources(*stages: str) -> dict[str, str]:
+    """Modules that speak to TensorRT: path below the root → text."""
+    paths = [path for stage in stages for path in (ROOT / stage).rglob("*.py")]
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+    return {name: text for name, text in texts.items() if re.search(r"\btrt: Any|\bnetwork: Any", text)}
+
+
+def module_names(text: str) -> set[str]:
+    """`trt.X` and `trt.X.Y` as X and X.Y; `getattr(trt.X, ...)` counts as X."""
+    found = {ast.unparse(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)}
+    names = {name.removeprefix("trt.") for name in found if name.startswith("trt.")}
+    return {name for name in names if "__" not in name}
+
+
+def attributes(text: str) -> Iterator[tuple[str | None, str]]:
+    """(class of the variable by its name or None, attribute) of each attribute access."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and "__" not in node.attr:
+            variable = ast.unparse(node.value).removeprefix("parsed.")  # and not `contract.config`
+            yield VARIABLES.get(variable), node.attr
+
+
+def words(text: str) -> set[str]:
+    """Strings in capitals: members of enums are compared by name too."""
+    constants = {str(n.value) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)}
+    return {word for word in constants if re.fullmatch(r"[A-Z][A-Z0-9_]+", word)}
+
+
+def methods(text: str) -> set[str]:
+    """Functions that classes define, as ours do for those of TensorRT they inherit from."""
+    classes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)]
+    return {f.name for c in classes for f in c.body if isinstance(f, ast.FunctionDef)}
+
+
+def members(name: str, api: dict[str, tuple[str, ...]]) -> set[str]:
+    """Of a class with what it inherits from ILayer."""
+    inherited = api.get("ILayer", ()) if name.endswith("Layer") else ()
+    return {*api.get(name, ()), *inherited}
+
+
+def unlisted(texts: dict[str, str], api: dict[str, tuple[str, ...]]) -> set[str]:
+    """What the source uses of TensorRT and the list does not have."""
+    found = set()
+    for text in texts.values():
+        for name in module_names(text):
+            owner, _, member = name.partition(".")
+            if owner not in api or (member and member not in api[owner]):
+                found.add(name)
+        for variable, member in attributes(text):
+            if variable and hasattr(getattr(trt, variable), member) and member not in members(variable, api):
+                found.add(f"{variable}.{member}")
+        for enum in ("LayerType", "DataType", "BuilderFlag"):
+            known = {word for word in words(text) if hasattr(getattr(trt, enum), word)}
+            found |= {f"{enum}.{word}" for word in known if word not in api.get(enum, ())}
+    return found
+
+
+def unused(texts: dict[str, str], api: dict[str, tuple[str, ...]]) -> set[str]:
+    """What the list has and no source uses."""
+    text = "\n".join(texts.values())
+    used = {member for _, member in attributes(text)} | methods(text) | words(text)
+    classes = {name.partition(".")[0] for name in module_names(text)} | set(VARIABLES.values())
+    silent = {"ITensor", "ILayer", "ParserError", "IAttention", "LayerType", "ComputeCapability"}
+    found = {f"{name}.{member}" for name, all_of in api.items() for member in all_of if member not in used}
+    found |= {name for name in api if name not in classes | silent}
+    return {name for name in found if not name.startswith("ComputeCapability.")}
+
+
+def test_what_the_engines_use_is_what_is_listed() -> None:
+    api = {**BUILDER, **BUILDER_ENUMS}
+    texts = sources("engines")
+    needed = ("builder/plan.py", "builder/callbacks.py", "network/parse.py", "network/audit.py")
+    assert {f"engines/{name}" for name in needed} <= set(texts)
+    assert unlisted(texts, api) == set()
+    assert unused(texts, api) == set()
+
+
+def test_what_the_runtime_uses_is_listed() -> None:
+    assert unlisted(sources("runtime"), listed("tensorrt-rtx")) == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("trt.Refitter(engine, logger)", "Refitter"),
+        ("trt.LayerType.CONVOLUTION_X", "LayerType.CONVOLUTION_X"),
+        ("trt.BuilderFlag.REFIT", "BuilderFlag.REFIT"),
+        ("getattr(trt.HardwareCompatibilityLevel, name)", "HardwareCompatibilityLevel"),
+        ("layer.type.name == 'SOFTMAX'", "LayerType.SOFTMAX"),
+        ("network.mark_debug(tensor)", "INetworkDefinition.mark_debug"),
+        ("parsed.builder.is_network_supported(network, config)", "Builder.is_network_supported"),
+        ("config.set_memory_pool_limit(pool, 1)", "IBuilderConfig.set_memory_pool_limit"),
+        ("attention.num_ranks", "IAttention.num_ranks"),
+    ],
+)
+def test_a_use_that_is_not_listed_is_found(line: str, found: str) -> None:
+    texts = {**sources("engines"), "new.py": f"def new(trt: Any) -> None:\n    {line}\n"}
+    assert unlisted(texts, {**BUILDER, **BUILDER_ENUMS}) == {found}
+
+
+@pytest.mark.parametrize("line", ["contract.config.reset", "self.parser.flags", "config.hidden_size"])
+def test_names_of_ours_are_not_taken_for_tensorrts(line: str) -> None:
+    assert unlisted({"new.py": f"def new(trt: Any) -> None:\n    {line}\n"}, BUILDER) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "found"),
+    [
+        ("Builder", "reset", "Builder.reset"),
+        ("ProfilingVerbosity", "LAYER_NAMES_ONLY", "ProfilingVerbosity.LAYER_NAMES_ONLY"),
+        ("IStreamWriter", "flush", "IStreamWriter.flush"),
+    ],
+)
+def test_a_listed_name_that_nothing_uses_is_found(name: str, more: str, found: str) -> None:
+    api = {**BUILDER, **BUILDER_ENUMS}
+    assert unused(sources("engines"), {**api, name: (*api[name], more)}) == {found}
+
+
+def test_a_listed_class_that_nothing_uses_is_found() -> None:
+    assert unused(sources("engines"), {**BUILDER, **BUILDER_ENUMS, "ILoop": ()}) == {"ILoop"}
+
+
+# --- the installed packages -----------------------------------------------------------------------------
+
+
+def missing(module: Any, api: dict[str, tuple[str, ...]]) -> set[str]:
+    """What a TensorRT does not have of a list."""
+    absent = {name for name in api if not hasattr(module, name)}
+    here = {name: members for name, members in api.items() if name not in absent}
+    return absent | {
+        f"{n}.{m}" for n, all_of in here.items() for m in all_of if not hasattr(getattr(module, n), m)
+    }
+
+
+def signatures(module: Any, name: str) -> set[str]:
+    """Each overload of a method, as `SIGNATURES` writes it, read from the bindings' own documentation."""
+    owner, _, method = name.partition(".")
+    text = getattr(getattr(module, owner), method).__doc__ or ""
+    found = set()
+    for parameters, result in re.findall(rf"\b{method}\(self: [\w.]+(.*?)\) -> ([\w.\[\]:]+)", text):
+        names = re.findall(r"(\w+): ", parameters.replace("<", "(").split(">")[0])
+        names = [n for n in names if not n[0].isupper()]
+        found.add(f"({', '.join(names)}) -> {re.sub(r'[A-Za-z_]+[.]', '', result)}")
+    return found
+
+
+def test_every_listed_name_is_in_tensorrt_rtx() -> None:
+    assert missing(trt, listed("tensorrt-rtx")) == set()
+
+
+def test_a_name_that_a_version_lacks_is_found() -> None:
+    old = SimpleNamespace(Builder=SimpleNamespace(create_network=1))
+    assert missing(old, {"Builder": ("create_network", "new"), "IMoELayer": ()}) == {
+        "Builder.new",
+        "IMoELayer",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(SIGNATURES))
+def test_signatures_are_those_relied_on(name: str) -> None:
+    owner, _, member = name.partition(".")
+    assert member == "__init__" or member in listed("tensorrt-rtx")[owner]
+    assert SIGNATURES[name] in signatures(trt, name)
+
+
+def test_another_signature_is_found() -> None:
+    found = signatures(trt, "INetworkDefinition.set_weights_name")
+    assert found == {"(weights, name) -> bool"}
+    assert "(name, weights) -> bool" not in found
+
+
+def test_targets_are_those_of_the_catalogue() -> None:
+    assert set(BUILDER_ENUMS["ComputeCapability"]) == {"SM" + c.replace(".", "") for c in RTX_TARGETS}
+
+
+# --- the other flavor -----------------------------------------------------------------------------------
+
+
+def lean() -> ModuleType:
+    """The runtime half of full TensorRT, which imports without a GPU; it is in the lock."""
+    if find_spec(LEAN) is None and not any(name in LOCK for name in LEAN_PACKAGES):
+        pytest.skip(f"{' and '.join(LEAN_PACKAGES)} are not in requirements.lock")
+    return import_module(LEAN)
+
+
+def full_runtime() -> dict[str, tuple[str, ...]]:
+    """The runtime half without what only RTX has."""
+    full = listed("tensorrt")
+    both = {**RUNTIME, **RUNTIME_ENUMS}
+    return {name: tuple(m for m in both[name] if m in full[name]) for name in both if name in full}
+
+
+def test_the_runtime_half_is_in_full_tensorrt() -> None:
+    assert missing(lean(), full_runtime()) == set()
+
+
+def test_what_is_said_to_be_rtx_only_is_not_in_full_tensorrt() -> None:
+    """Of the runtime half; the builder's is not on PyPI."""
+    both = {**RUNTIME, **RUNTIME_ENUMS}
+    absent = missing(lean(), both)
+    of_runtime = {name for name in RTX_ONLY if name.partition(".")[0] in both}
+    assert absent == of_runtime
+
+
+@pytest.mark.parametrize("name", sorted(n for n in SIGNATURES if n.partition(".")[0] in full_runtime()))
+def test_signatures_are_the_same_in_full_tensorrt(name: str) -> None:
+    if name not in RTX_ONLY:
+        assert SIGNATURES[name] in signatures(lean(), name)
+
+
+def test_only_what_a_flavor_has_is_listed_for_it() -> None:
+    full, rtx = listed("tensorrt"), listed("tensorrt-rtx")
+    assert "ComputeCapability" in rtx and "ComputeCapability" not in full
+    assert set(rtx["IBuilderConfig"]) - set(full["IBuilderConfig"]) == {
+        "num_compute_capabilities",
+        "set_compute_capability",
+    }
+    assert full["Builder"] == rtx["Builder"]
+    assert {n if "." not in n else n.split(".")[0] for n in RTX_ONLY} <= set(rtx)
+
+
+def unguarded(text: str) -> list[str]:
+    """Uses of what only RTX has that are not under an `if` that asks for RTX."""
+    tree = ast.parse(text)
+    only = {name.split(".")[-1] for name in RTX_ONLY} - {"deserialize", "serialize"}
+    asked = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "RTX" in ast.unparse(n.test)]
+    guarded = {id(inner) for branch in asked for part in branch.body for inner in ast.walk(part)}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in only]
+    return [use.attr for use in uses if id(use) not in guarded]
+
+
+def test_what_only_rtx_has_is_used_for_rtx_only() -> None:
+    texts = sources("engines")
+    assert [name for text in texts.values() for name in unguarded(text)] == []
+    assert "num_compute_capabilities" in texts["engines/builder/plan.py"]
+
+
+def test_a_call_for_the_wrong_flavor_is_found() -> None:
+    line = "config.set_compute_capability(c, 0)"
+    assert unguarded(f"def f(config):\n    {line}\n") == ["set_compute_capability"]
+    assert unguarded(f"def f(config):\n    if flavor == RTX:\n        {line}\n") == []
+    assert unguarded(f"if flavor == RTX:\n    pass\nelse:\n    {line}\n") == ["set_compute_capability"]
