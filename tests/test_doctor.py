@@ -433,7 +433,8 @@ def test_people_get_lines_and_the_exit_status(machine: Machine, capsys: pytest.C
     assert shown.err == "" and "\x1b" not in shown.out
     assert re.search(r"^GPU here +NVIDIA A10G, 24.1 GB, compute capability 8.6, driver 580", shown.out, re.M)
     assert re.search(r"^export +torch 2.9 TOO OLD, onnx 1.23.2$", shown.out, re.M)
-    assert re.search(r"^a10g +8.6  builds with tensorrt-rtx here; fits NVIDIA A10G here; fp16, bf16, ", shown.out, re.M)
+    row = r"^a10g +8.6  builds with tensorrt-rtx here; fits NVIDIA A10G here; fp16, bf16, "
+    assert re.search(row, shown.out, re.M)
     assert "missing:\n  export: torch must be >=2.13, found 2.9\n      pip install" in shown.out
     assert shown.out.endswith("not everything works here\n")
 
