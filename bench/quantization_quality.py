@@ -38,8 +38,11 @@ from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.validate.reference import Reference
 
-TARGETS = (1.03, 1.02, 1.01, 1.005)
-"""Of --quality, on the calibration text: tried in turn until one meets the bound on the evaluation text."""
+TARGETS = ("kl=0.015", "kl=0.0125", "kl=0.01")
+"""Of --quality, on the calibration text: tried in turn until one meets the bound on the evaluation text.
+
+As divergences: over a few thousand tokens a perplexity moves by a percent either way without any harm.
+"""
 QUALITY_MAX, SHARE_MIN = 1.03, 0.85
 WEIGHT_ONLY_MAX, FP8_MAX = 1.01, 1.05
 OVER_MODELOPT_MAX = 1.03
@@ -96,10 +99,9 @@ def under_budget(bench: Bench, judge: Judge) -> dict[str, Any]:
     """int8 with --quality, the target lowered until the evaluation text keeps its bound too."""
     tried: list[dict[str, Any]] = []
     for target in TARGETS:
-        option = f"perplexity={target:g}"
-        artifact = export(bench, f"onnx-int8-{target:g}", bench.model, "int8", "--quality", option)
+        artifact = export(bench, f"onnx-int8-{target}", bench.model, "int8", "--quality", target)
         said = quantization_of(artifact)
-        more = {"target": option, "quantized_share": said["quantized_share"], "kept": len(said["kept"])}
+        more = {"target": target, "quantized_share": said["quantized_share"], "kept": len(said["kept"])}
         tried.append({**more, **judge.of_artifact(artifact), "frontier": said["frontier"]})
         if tried[-1]["perplexity_ratio"] <= QUALITY_MAX:
             break
