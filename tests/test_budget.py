@@ -322,7 +322,7 @@ def test_the_disk_of_an_engine_with_its_weights_outside() -> None:
 
 def test_too_little_disk_for_the_plan() -> None:
     message = (
-        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free for out; free some or choose another"
+        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free; free some or choose another --out"
     )
     with pytest.raises(BuildError, match=message):
         check_host(budget_7b(), Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
@@ -331,7 +331,7 @@ def test_too_little_disk_for_the_plan() -> None:
 def test_too_little_disk_for_weights_that_have_to_be_copied() -> None:
     budget = budget_7b(weights=EXTERNAL)
     check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
-    message = "predicted: the plan and its weights need 14.52 GB of disk, and 3.00 GB is free for out; free"
+    message = "predicted: the plan and its weights need 14.52 GB of disk, and 3.00 GB is free; free some"
     with pytest.raises(BuildError, match=message):
         check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB, linked=False)
 

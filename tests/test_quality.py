@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,9 +263,10 @@ def chosen(
     monkeypatch.setattr(module, "measure", costs)
     scales = with_errors({name: 1 - i / 1000 for i, name in enumerate(names)})
     nothing: Any = None
+    stream: Any = SimpleNamespace(sliding_window=4)
     ids = torch.zeros(2, 8, dtype=torch.int64)
     budget = Budget(metric, limit if metric == "kl" else 1 + limit / 100)
-    kept, points = choose_kept(nothing, ids, scales, nothing, always=always, budget=budget)
+    kept, points = choose_kept(stream, ids, scales, nothing, always=always, budget=budget)
     ranking, *passes = costs.asked
     assert all(len(kept) == count - 1 for kept in ranking), "ranked by what each does alone"
     return kept, points, passes
@@ -367,5 +369,5 @@ def test_only_the_first_samples_are_measured_on(int4: Calibrated, monkeypatch: p
     monkeypatch.setattr(module, "RANKED_TOKENS", 10)
     int4.choose(ANYTHING)
     layers, linears, *rest = seen
-    assert torch.equal(layers, int4.ids[:1, :10]) and torch.equal(linears, layers)
+    assert torch.equal(layers, int4.ids[:1, : 2 * W]) and torch.equal(linears, layers), "past the window"
     assert rest and all(torch.equal(ids, int4.ids[:2]) for ids in rest)

@@ -26,6 +26,7 @@ from mistral_trt.errors import CalibrationError, CheckpointError, ConfigError, M
 from mistral_trt.export import onnx_folder as stage
 from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
 from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.export.quantization import scheme as scheme_module
 from mistral_trt.export.quantization.codes import weight_codes
 from mistral_trt.export.quantization.quality import FakeQuantLinear, dequantized, rounded_input
 from mistral_trt.export.quantization.scales import LinearScales
@@ -427,7 +428,7 @@ def test_the_manifest_tells_what_was_quantized(artifact: Exported) -> None:
     assert details["scheme"]["block_size"] == (32 if artifact.precision == "int4" else None)
     assert artifact.quantized == names and details["kept"] == []
     assert details["quantized_share"] == 1.0 and details["frontier"] == []
-    smooth = artifact.precision in ("int8", "int4")
+    smooth = artifact.precision != "fp8"
     assert details["pre_quant_scales"] == dict.fromkeys(("norm", "up_proj", "mul"), 0) | (
         {"norm": 4, "up_proj": 2, "mul": 2} if smooth else {}
     )
@@ -512,6 +513,14 @@ def test_the_head_is_quantized_on_request(exported: Export, precision: str, tied
 # ---------------------------------------------------------------- other checkpoints
 
 
+@pytest.fixture
+def unsmoothed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8-weight-only without AWQ, so that a code is its weight alone."""
+    plain = replace(scheme_module._SCHEMES["int8-weight-only"], awq=False)
+    monkeypatch.setitem(scheme_module._SCHEMES, "int8-weight-only", plain)
+
+
+@pytest.mark.usefixtures("unsmoothed")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_codes_are_those_of_the_numbers_that_are_stored(source: Folder, tmp_path: Path, dtype: str) -> None:
     """Per-channel INT8, by hand: w * 127 / amax, rounded."""
@@ -542,6 +551,7 @@ def test_what_is_kept_may_be_used_as_it_lies(source: Folder, tmp_path: Path) -> 
     assert written < 2 * artifact.details["quantized_bytes"] + 4096 * 10, "the codes, on pages"
 
 
+@pytest.mark.usefixtures("unsmoothed")
 def test_an_adapter_is_merged_before_it_is_quantized(source: Folder, tmp_path: Path) -> None:
     checkpoint = source()
     lora = tmp_path / "lora"

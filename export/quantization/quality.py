@@ -27,7 +27,11 @@ MEASURED_TOKENS = 2048
 
 RANKED_TOKENS = 512
 RANKED_LAYERS = 8
-"""Tokens on which harm is measured, and layers whose linears are measured one by one."""
+"""Tokens on which harm is measured, and layers whose linears are measured one by one.
+
+More of them, up to two windows, where the samples are long enough to cross the window: activations are others
+once the first token has left it, and so is the harm.
+"""
 
 _AT_ONCE = 8
 _ROWS_AT_ONCE = 256
@@ -129,7 +133,8 @@ def choose_kept(
     always: linears that are kept whatever they cost.  Two passes: one over the whole range, one between the
     last choice that is not good enough and the first that is.
     """
-    ranked = by_harm(stream, first_tokens(ids, RANKED_TOKENS), scales, scheme, always=always)
+    across = max(RANKED_TOKENS, min(2 * stream.sliding_window, ids.shape[1]))
+    ranked = by_harm(stream, first_tokens(ids, across), scales, scheme, always=always)
     ids = first_tokens(ids, MEASURED_TOKENS)
     points: dict[int, Point] = {}
     low, high = -1, len(ranked)
