@@ -148,12 +148,12 @@ def layer_passes(
 
 
 @contextmanager
-def noisy(linears: Mapping[str, nn.Module], *, seed: int = 0) -> Iterator[None]:
-    """Multiply every output of these linears by 1 + NOISE times a normal random number."""
+def noisy(linears: Mapping[str, nn.Module], *, relative: float = NOISE, seed: int = 0) -> Iterator[None]:
+    """Multiply every output of these linears by 1 + `relative` times a normal random number."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_: Any, args: Any, out: Tensor) -> Tensor:
-        return out + out * NOISE * torch.randn(out.shape, generator=generator)
+        return out + out * relative * torch.randn(out.shape, generator=generator)
 
     handles = [linear.register_forward_hook(disturb) for linear in linears.values()]
     try:
