@@ -56,6 +56,8 @@ LAYER_MAX, TWIN_MAX = 5e-2, 4e-3
 KERNELS = 7e-7
 """What the float32 kernels of ONNX Runtime and PyTorch differ by over a layer: the twin's error in the
 precisions whose activations have no codes to flip."""
+SEEDS = 16
+"""Of that noise: single codes that flip make rare and large errors, so one seed shows little."""
 MUTATION = 1.01
 MUTATION_MIN = 5e-3
 DIRECT = KINDS[2:]
@@ -85,10 +87,13 @@ def _equality_of(bench: Bench, precision: str, ids: Tensor, text: list[int]) -> 
     say(f"{precision}: layer by layer, then free-running")
     passes, constants = layer_passes(model, text[:CHUNK]), modelopt_constants(model, scheme)
     floors = {}
-    for relative in (NOISE, KERNELS):
-        with noisy(linears, relative=relative):
-            disturbed = layer_passes(model, text[:CHUNK], fed=passes)
-        floors[relative] = max(map(layer_floor, passes, disturbed))
+    for relative, seeds in ((NOISE, 1), (KERNELS, SEEDS)):
+        found = []
+        for seed in range(seeds):
+            with noisy(linears, relative=relative, seed=seed):
+                disturbed = layer_passes(model, text[:CHUNK], fed=passes)
+            found.append(max(map(layer_floor, passes, disturbed)))
+        floors[relative] = max(found)
     return {
         **compare_codes(artifact, codes),
         **compare_layers(artifact, passes, constants),
@@ -116,7 +121,7 @@ def checks_of(precision: str, found: dict[str, Any]) -> list[Check]:
         Check(f"{precision}: the same in its float32 twin", found["twin_error"], at_most=TWIN_MAX),
         Check(f"{precision}: its floor, ModelOpt's layer under noise of {NOISE:g}", found["layer_floor"]),
         *(
-            [Check(f"{precision}: the same of {KERNELS:g}", found["layer_floor_kernels"])]
+            [Check(f"{precision}: the same of {KERNELS:g}, worst of {SEEDS}", found["layer_floor_kernels"])]
             if "layer_floor_kernels" in found
             else []
         ),
