@@ -42,8 +42,8 @@ BUILD_MEMORY = {
 """(precision, where the weights are) → its line: round numbers from builds of 1 to 32 layers of a 7B.
 
 bench/build.py measures these builds and fits the constants to those of 4 and 8 layers; deeper ones are what
-it judges them by. Only its builds of 32 layers in int8 and int4 have been run yet (bench/results/build.json), and
-int4's embedded factor was set from one of them: the table holds no independent forecast of that build.
+it judges them by. Only its builds of 32 layers in int8 and int4 have been run yet (bench/results/build.json),
+and int4's embedded factor was set from one of them: the table holds no independent forecast of that build.
 """
 
 _COUNTS_AS = {"fp32": "fp16", "bf16": "fp16", "int8-weight-only": "int8", "fp8": "int8"}
