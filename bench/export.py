@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peer_environment import peer_environment
 from process import Measurement, machine, run_measured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +44,9 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Where it works and how often.  scratch: for checkpoints and results.  envs: the peers' environments."""
+    """Where it works and how often.  scratch: for checkpoints and results."""
 
     scratch: Path
-    envs: Path
     full_layers: int | None
     layers: int
     repeat: int
@@ -55,7 +55,7 @@ class Bench:
 def main() -> int:
     args = parse()
     scratch = args.scratch.resolve() / "bench-export"
-    bench = Bench(scratch, ROOT / "build" / "bench-envs", args.full_layers, args.layers, args.repeat)
+    bench = Bench(scratch, args.full_layers, args.layers, args.repeat)
     results = json.loads(args.out.read_text()) if args.out.is_file() else {}
     scratch.mkdir(parents=True, exist_ok=True)
     try:
@@ -138,7 +138,7 @@ def peers(bench: Bench) -> dict[str, Any]:
     checkpoint, out = synthetic(bench, "slice", bench.layers), bench.scratch / "peer-out"
     figures: dict[str, Any] = {"model": model(bench.layers)}
     for name, words in PEERS.items():
-        bin = environment(bench.envs / name, ROOT / "bench/peers" / f"{name}.txt") / "bin"
+        bin = peer_environment(name) / "bin"
         cache = bench.scratch / "peer-cache"
         command = words.format(bin=bin, checkpoint=checkpoint, out=out, cache=cache).split()
         own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "XDG_CACHE_HOME": str(cache)}
@@ -248,19 +248,6 @@ def read_through(path: Path) -> None:
 def discard(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-
-
-def environment(folder: Path, requirements: Path) -> Path:
-    """A virtual environment with exactly these packages, made unless it was made from the same file."""
-    made_from = folder / "requirements.txt"
-    if made_from.is_file() and made_from.read_text() == requirements.read_text():
-        return folder
-    say(f"installing {requirements.relative_to(ROOT)}")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
-    subprocess.run([*pip, "-r", str(requirements)], check=True, stdout=sys.stderr)
-    shutil.copyfile(requirements, made_from)
-    return folder
 
 
 # ---------------------------------------------------------------- figures

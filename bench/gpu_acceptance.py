@@ -19,7 +19,6 @@ from typing import Any
 
 from gpu_checks import Bench, against_onnxruntime, against_pytorch, cuda_graph, load, speed
 from gpu_report import write_report
-from gpu_runner import load_gpu
 
 from mistral_trt.devices import Device
 from mistral_trt.engines.flavor import FULL, RTX, Flavor
@@ -28,6 +27,7 @@ from mistral_trt.engines.targets import group_targets
 from mistral_trt.errors import MistralTrtError
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.device import local_device
+from mistral_trt.runtime.tensorrt.api import load_modules
 
 DONE, FAILED, NEEDS_GPU, NOT_RUN = "done", "failed", "needs-gpu", "not-run"
 EXIT = {"passed": 0, "failed": 1, "needs-gpu": 3}
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def accept(
     job: Job,
     find_device: Callable[[], Device | None] = local_device,
-    modules: Callable[[str], tuple[Any, Any]] = load_gpu,
+    modules: Callable[[str], tuple[Any, Any]] = load_modules,
 ) -> dict[str, Any]:
     """Run every step, write `gpu-report.json` and `gpu-report.html`, and return the report.
 
-    modules: name of a TensorRT module → it and the CUDA runtime; the tests give a simulation.
+    modules: flavour → TensorRT and the CUDA runtime; the tests give a simulation.
     """
     target = group_targets([find_gpu(job.gpu)], job.precision).smallest  # refuses what it cannot run
     job.out.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from gpu_runner import EngineBackend
 
 from mistral_trt.devices import Device
-from mistral_trt.engines.flavor import FULL, RTX
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache, Step
 from mistral_trt.runtime.engine_folder import check_engine_folder, read_engine_details
+from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
+from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
 from mistral_trt.validate import gates as table
 from mistral_trt.validate.comparison import Job, run_scenario, runnable
 from mistral_trt.validate.metrics import concatenate, logit_errors
@@ -33,7 +34,10 @@ WARM_STEPS, TIMED_STEPS = 10, 50
 
 @dataclass
 class Bench:
-    """What the steps of one engine share.  modules: see `gpu_acceptance.accept`.  backend: once loaded."""
+    """What the steps of one engine share.  modules: see `gpu_acceptance.accept`.
+
+    backend: once loaded.  plain: the same engine and rings, run without CUDA graphs.
+    """
 
     model: Path
     onnx: Path
@@ -41,7 +45,8 @@ class Bench:
     modules: Callable[[str], tuple[Any, Any]]
     find_device: Callable[[], Device | None]
     length: int | None = None
-    backend: EngineBackend | None = None
+    backend: TensorRtBackend | None = None
+    plain: TensorRtBackend | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -52,7 +57,8 @@ class Bench:
         assert self.backend is not None
         for row in range(self.backend.contract.max_batch_size):
             self.backend.write_row(row, None)
-        return RollingCache(self.backend)
+        bf16 = self.backend.contract.precision == "bf16"
+        return RollingCache(_Bfloat16Rows(self.backend) if bf16 else self.backend)
 
     def tokens(self) -> Tokens:
         tokens = input_tokens(self.onnx, read_manifest(self.onnx, "onnx", check_files=False))
@@ -68,20 +74,40 @@ class Bench:
     def close(self) -> None:
         if self.backend is not None:
             self.backend.close()
-            self.backend = None
+            self.backend = self.plain = None
+
+
+class _Bfloat16Rows:
+    """A bf16 engine whose rings are numbers and not bits, for probes that add to them."""
+
+    def __init__(self, backend: TensorRtBackend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def read_row(self, row: int) -> tuple[Any, ...]:
+        return tuple(ring.view(ml_dtypes.bfloat16) for ring in self._backend.read_row(row))
 
 
 def load(bench: Bench) -> dict[str, Any]:
-    """Every check of the loader; then deserialize, refit if the weights lie beside it, check aliases."""
+    """Every check of the loader; then what the runtime does at load, up to the captured decode steps."""
     manifest = read_manifest(bench.engine, "engine")
     check_engine_folder(bench.engine, manifest, bench.find_device)
-    flavor = read_engine_details(manifest).flavor
-    trt, cudart = bench.modules({flavor.name: flavor.module for flavor in (FULL, RTX)}[flavor])
+    trt, cudart = bench.modules(read_engine_details(manifest).flavor)
     started = time.perf_counter()
-    bench.backend = EngineBackend(trt, cudart, bench.engine, manifest.contract)
-    seconds = time.perf_counter() - started
+    engine = LoadedEngine(trt, cudart, bench.engine, manifest, cache_dir=bench.engine.parent / "kernels")
+    bench.backend = TensorRtBackend(engine)
+    loaded = time.perf_counter()
+    bench.backend.warm_up()
+    warm = time.perf_counter()
+    bench.plain = TensorRtBackend(engine, cuda_graphs=False)
     rings = len(manifest.contract.past())
-    return {"load_s": round(seconds, 2), "log": [f"{rings} rings, each present on the memory of its past"]}
+    return {
+        "load_s": round(loaded - started, 2),
+        "warm_up_s": round(warm - loaded, 2),
+        "log": [f"{rings} rings, each present on the memory of its past"],
+    }
 
 
 def against_onnxruntime(bench: Bench) -> dict[str, Any]:
@@ -139,19 +165,17 @@ def judged(
 
 
 def cuda_graph(bench: Bench) -> dict[str, Any]:
-    """A decode step captured and replayed: the same logits as the step itself, bit for bit, three times."""
-    assert bench.backend is not None
+    """A captured decode step and the same step not captured: equal logits, bit for bit, three times."""
+    assert bench.backend is not None and bench.plain is not None
     backend, cache, contract = bench.backend, bench.cache(), bench.manifest.contract
     row, tokens = cache.acquire(), bench.tokens().ids
     start = max(0, min(contract.ring.capacity + 1, len(tokens) - 4))
     cache.append(row, tokens[:start])
     before = cache.snapshot(row).rings
     steps = [_step([tokens[p]], [p]) for p in range(start, min(start + 3, len(tokens)))]
-    expected = [backend.run(step) for step in steps]
+    expected = [bench.plain.run(step) for step in steps]
     backend.write_row(row, before)
-    captured = backend.capture(steps[0])
-    replayed = [backend.replay(captured, step) for step in steps]
-    backend.discard(captured)
+    replayed = [backend.run(step) for step in steps]
     differ = [
         f"position {start + i}: the replayed step's logits differ"
         for i, (a, b) in enumerate(zip(expected, replayed, strict=True))
@@ -166,10 +190,10 @@ def cuda_graph(bench: Bench) -> dict[str, Any]:
 
 def speed(bench: Bench) -> dict[str, Any]:
     """Tokens/s of full rings at B = 1, 2, 4, …, and the time to the first token of a prompt as long as W."""
-    assert bench.backend is not None
+    assert bench.backend is not None and bench.plain is not None
     contract, tokens = bench.manifest.contract, bench.tokens().ids
     most = contract.max_batch_size
-    batches = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+    batches = decode_batches(most)
     cache = bench.cache()
     prompt = tokens[: min(contract.ring.sliding_window, len(tokens) - 1)]
     first: list[float] = []
@@ -181,11 +205,9 @@ def speed(bench: Bench) -> dict[str, Any]:
     figures: dict[str, Any] = {"prompt_tokens": position, "first_token_ms": round(1e3 * min(first), 2)}
     for batch in batches:
         step = _step([tokens[position]] * batch, [position] * batch)
-        figures[f"tokens_per_s_b{batch}"] = _rate(lambda step=step: bench.backend.run(step), batch)
-        captured = bench.backend.capture(step)
-        replay = lambda step=step, captured=captured: bench.backend.replay(captured, step)  # noqa: E731
-        figures[f"tokens_per_s_b{batch}_graph"] = _rate(replay, batch)
-        bench.backend.discard(captured)
+        for name, backend in (("", bench.plain), ("_graph", bench.backend)):
+            run = lambda step=step, backend=backend: backend.run(step)  # noqa: E731
+            figures[f"tokens_per_s_b{batch}{name}"] = _rate(run, batch)
     details = bench.manifest.details
     ceilings = details["predicted"].get("ceilings", {}).get(details["gpus"][0], {})
     return {**figures, **_beside(ceilings, figures, most), "log": [_words(figures, batches, ceilings)]}

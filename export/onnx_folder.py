@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,20 +259,28 @@ def describe(contract: GraphContract) -> str:
 
 
 def generation_ids(source: Checkpoint, texts: TextFiles) -> dict[str, Any]:
-    """Token ids that start and end a text: the union of what config, generation_config, tokenizer name.
+    """Token ids that start and end a text: the union of what generation_config, config and tokenizer name.
 
-    Raises ConfigError for one that is not a token id.
+    bos_token_id: the first of these that names one. Raises ConfigError for one that is not a token id.
     """
     path = source.folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    ends = set(texts.eos_token_ids)
-    for value in (source.raw_config.get("eos_token_id"), generation.get("eos_token_id")):
-        ends |= set(_token_ids("eos_token_id", value))
-    bos = generation.get("bos_token_id", source.raw_config.get("bos_token_id", texts.bos_token_id))
-    return {"bos_token_id": next(iter(_token_ids("bos_token_id", bos)), None), "eos_token_ids": sorted(ends)}
+    tokenizer = {"bos_token_id": texts.bos_token_id, "eos_token_id": list(texts.eos_token_ids)}
+    found: dict[str, list[int]] = {
+        name: [
+            i for settings in (generation, source.raw_config, tokenizer) for i in _token_ids(name, settings)
+        ]
+        for name in ("bos_token_id", "eos_token_id")
+    }
+    return {
+        "bos_token_id": next(iter(found["bos_token_id"]), None),
+        "bos_token_ids": sorted(set(found["bos_token_id"])),
+        "eos_token_ids": sorted(set(found["eos_token_id"])),
+    }
 
 
-def _token_ids(name: str, value: Any) -> list[int]:
+def _token_ids(name: str, settings: Mapping[str, Any]) -> list[int]:
+    value = settings.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ConfigError(f"{name} must be a token id or a list of them, found {value!r}")

@@ -1,8 +1,13 @@
 """Mistral's own tokenizer files → `tokenizer.json`, `tokenizer_config.json` and a chat template.
 
 The runtime reads `tokenizer.json` alone, so SentencePiece files (`tokenizer.model`, `*.model.v3`) and
-`tekken.json` are turned into one that gives mistral-common's ids. One difference is known: the text of a
-special token ("[INST]" or "</s>" typed by a user) becomes that token, where mistral-common spells it out.
+`tekken.json` are turned into one that gives mistral-common's ids. The text of a special token ("[INST]" or
+"</s>" typed by a user) is such a token to the package `tokenizers`; the runtime sees to it that it is spelled
+out, as by mistral-common.
+
+Chat templates are made for v1, v2 and v3. The later formats (v7 on: system prompts, tools and thoughts as
+tokens of their own) differ from model to model: they come from the folder's chat_template.jinja, or the
+artifact takes prompts only and says so.
 """
 
 import json
@@ -100,10 +105,26 @@ def _read_folder(folder: Path, remarks: list[str]) -> Files:
     source = _tokenizer_file(folder)
     if source is None:
         return files
+    named = _special_tokens(folder / SPECIAL_MAP, _optional(folder / SPECIAL_MAP) | settings)
     if source.name == TOKENIZER:
         files[TOKENIZER] = read_bytes(source)
         _load(source, files[TOKENIZER])
-        return files
+    else:
+        named = _make_tokenizer(folder, source, settings, named, files, remarks)
+    if named.keys() - settings.keys():
+        files[CONFIG] = (json.dumps({**named, **settings}, indent=2) + "\n").encode()
+    return files
+
+
+def _make_tokenizer(
+    folder: Path,
+    source: Path,
+    settings: Mapping[str, Any],
+    named: Mapping[str, str],
+    files: Files,
+    remarks: list[str],
+) -> dict[str, str]:
+    """Put a tokenizer made from `source`, and its chat template, into `files`; its special tokens."""
     unset = {name for name, value in settings.items() if value is None}
     with refusing(source, "a tokenizer of Mistral's"):
         if source.suffix == ".json":
@@ -111,8 +132,7 @@ def _read_folder(folder: Path, remarks: list[str]) -> Files:
         else:
             made = from_sentencepiece(source, read_bytes(source), first_only=settings.get("legacy") is False)
         _add(made.fast, folder, _added_tokens(folder))
-        named = _special_tokens(folder / SPECIAL_MAP, _optional(folder / SPECIAL_MAP) | settings)
-        special = {name: token for name, token in (made.special | named).items() if name not in unset}
+        special = {name: token for name, token in {**made.special, **named}.items() if name not in unset}
         _add_ends(made.fast, source, special, settings)
         files[TOKENIZER] = made.fast.to_str().encode()
     remarks.append(f"{TOKENIZER} is made from {source} (Mistral's v{made.version})")
@@ -121,10 +141,11 @@ def _read_folder(folder: Path, remarks: list[str]) -> Files:
         if made.version in CHAT_TEMPLATES:
             files[TEMPLATE] = CHAT_TEMPLATES[made.version].encode()
         else:
-            remarks.append(f"the chat format of v{made.version} is not known here: no {TEMPLATE} is made")
-    if special.keys() - settings.keys():
-        files[CONFIG] = (json.dumps({**special, **settings}, indent=2) + "\n").encode()
-    return files
+            remarks.append(
+                f"the chat format of v{made.version} is not known here, no {TEMPLATE} is made and the "
+                f"artifact takes prompts, not messages; to chat, put the model's {TEMPLATE} into {folder}"
+            )
+    return special
 
 
 def _tokenizer_file(folder: Path) -> Path | None:

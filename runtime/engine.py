@@ -5,52 +5,84 @@ for piece in engine.stream("The capital of France is"):
     print(piece.text, end="")
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
 
-from mistral_trt.errors import EngineMismatchError, GenerationError, NonFiniteLogitsError, require
-from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
-from mistral_trt.runtime import device
+from mistral_trt.errors import ArtifactError, GenerationError
+from mistral_trt.manifest import Manifest, manifest_sha256
+from mistral_trt.runtime.backend import Backend
+from mistral_trt.runtime.batch import Batch, run_batch, run_batch_async
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.engine_folder import check_engine_folder
-from mistral_trt.runtime.generate import FinishReason, Request, run_requests
-from mistral_trt.runtime.sampling import SamplingParams
-from mistral_trt.runtime.tokenizer import Message, Tokenizer
+from mistral_trt.runtime.chat import Message, checked
+from mistral_trt.runtime.input_processor import InputProcessor
+from mistral_trt.runtime.loading import Progress, open_artifact
+from mistral_trt.runtime.metrics import Counters, Metrics
+from mistral_trt.runtime.params import SamplingParams
+from mistral_trt.runtime.request import Job, Output
+from mistral_trt.runtime.request_queue import Message as Work
+from mistral_trt.runtime.ring_file import RingFolder
+from mistral_trt.runtime.ring_store import RingStore, SessionRing
+from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.session import Session, SessionHost, restored
+from mistral_trt.runtime.stream import AsyncStream, Stream
+from mistral_trt.runtime.tokenizer import Tokenizer
 
+log = logging.getLogger("mistral_trt.runtime")
 
-@dataclass(frozen=True)
-class Piece:
-    """A bit of streamed text; the last of a stream has a finish_reason and no token."""
+Prompt = str | Sequence[int]
 
-    text: str
-    token: int | None
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished text. `tokens` leaves out the prompt and the token that ended the text."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
+_DEFAULT_SESSION_ROWS = 4
 
 
 class Engine:
-    """A loaded artifact. Any thread may call it; a request waits up to row_timeout_s for free rows."""
+    """A loaded artifact. Any thread and any event loop may call it.
+
+    queue_size: most requests that may wait for a row; the next is refused with QueueFullError.
+    fixed_batch: always decode over max_batch_size rows, so that logits do not depend on what else runs, down
+    to the last bit.  session_memory_bytes: host memory for rings of idle sessions, by default four rows'
+    worth.  session_dir: a folder where those beyond it go; without one they are dropped.
+    """
 
     def __init__(
         self,
-        cache: RollingCache,
+        backend: Backend,
         manifest: Manifest,
         tokenizer: Tokenizer | None,
-        row_timeout_s: float = 60.0,
+        *,
+        artifact_sha256: str = "",
+        queue_size: int = 256,
+        fixed_batch: bool = False,
+        session_memory_bytes: int | None = None,
+        session_dir: str | Path | None = None,
     ) -> None:
-        self.cache = cache
+        """`Engine.load` makes engines; this takes any backend, which it closes when it is closed itself.
+
+        tokenizer: None takes and gives token ids only.  artifact_sha256: of the manifest, for saved sessions.
+        """
         self.manifest = manifest
-        self._tokenizer = tokenizer
-        self._row_timeout_s = row_timeout_s
+        self._backend = backend
+        cache = RollingCache(backend)
+        memory = _DEFAULT_SESSION_ROWS * cache.contract.ring_bytes_per_row
+        memory = memory if session_memory_bytes is None else session_memory_bytes
+        _require_count("queue_size", queue_size)
+        _require_count("session_memory_bytes", memory)
+        inbox: SimpleQueue[Work | None] = SimpleQueue()
+        files = _ring_folder(session_dir, manifest, artifact_sha256, inbox)
+        counters = Counters()
+        store = RingStore(cache, counters, memory_bytes=memory, files=files)
+        self._inputs = InputProcessor(manifest, tokenizer)
+        self._scheduler = Scheduler(
+            cache, store, counters, inbox, queue_size=queue_size, fixed_batch=fixed_batch
+        )
+        self._host = (store, artifact_sha256)
+        self._batch_width = 2 * cache.capacity_rows
+        weakref.finalize(self, self._scheduler.stop).atexit = False  # the scheduler sees to that itself
 
     @classmethod
     def load(
@@ -58,107 +90,184 @@ class Engine:
         folder: str | Path,
         *,
         threads: int | None = None,
+        provider: str = "auto",
         trust_weights: bool = False,
-        row_timeout_s: float = 60.0,
+        fixed_batch: bool = False,
+        queue_size: int = 256,
+        session_memory_bytes: int | None = None,
+        session_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        progress: Progress | None = None,
     ) -> "Engine":
-        """Check the artifact and load it.
+        """Check the artifact and load it; an engine folder is also warmed up, every decode batch of it.
 
-        threads: CPU threads, None for the backend's own choice.  trust_weights: compare sizes only, not
-        hashes; that of an engine's plan always is.  row_timeout_s: how long a request waits while all rows
-        are in use.
+        threads: CPU threads of ONNX Runtime, None for its own choice.  provider: of ONNX Runtime, "cpu",
+        "cuda", or "auto" for CUDA where it has it.  trust_weights: compare sizes only, not hashes; that of an
+        engine's plan always is.  cache_dir: where TensorRT-RTX keeps what it compiles.  progress: called with
+        what is being done and which share of it is.  The others: see `Engine`.
         Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
         """
-        path = Path(folder)
-        manifest = read_manifest(path, check_files=not trust_weights)
-        cache = _open_backend(path, manifest, threads, trusted=trust_weights)
-        has_text = "tokenizer.json" in manifest.files
-        tokenizer = Tokenizer.from_folder(path) if has_text else None
-        return cls(cache, manifest, tokenizer, row_timeout_s)
+        path, started = Path(folder), time.perf_counter()
+        manifest, backend = open_artifact(
+            path,
+            threads=threads,
+            provider=provider,
+            trust_weights=trust_weights,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            progress=progress,
+        )
+        try:
+            backend.warm_up(progress)
+            engine = cls(
+                backend,
+                manifest,
+                Tokenizer.from_folder(path) if "tokenizer.json" in manifest.files else None,
+                artifact_sha256=manifest_sha256(path),
+                queue_size=queue_size,
+                fixed_batch=fixed_batch,
+                session_memory_bytes=session_memory_bytes,
+                session_dir=session_dir,
+            )
+        except BaseException:
+            backend.close()
+            raise
+        log.info("%s loaded in %.1f s", path, time.perf_counter() - started)
+        return engine
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises GenerationError if the artifact has none."""
-        if self._tokenizer is None:
-            raise GenerationError(
-                "this artifact has no tokenizer: pass token ids, or export again from a checkpoint with "
-                "tokenizer.json"
-            )
-        return self._tokenizer
+        return self._inputs.tokenizer
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves requests at full speed: warmed up, not closed, and able to run."""
+        return self._scheduler.closed is None and self._backend.ready
 
     def stream(
         self,
-        prompt: str | Sequence[int] | None = None,
+        prompt: Prompt | None = None,
         params: SamplingParams | None = None,
         *,
         messages: Sequence[Message] | None = None,
+        special_tokens: bool = False,
         allow_long: bool = False,
-    ) -> Generator[Piece]:
+    ) -> Stream:
         """Produce a text piece by piece, from a prompt (text or token ids) or from chat messages.
 
-        Raises GenerationError before the first piece if the request cannot be served, and
-        NonFiniteLogitsError if the model produces NaN or infinity.
+        special_tokens: text such as "</s>" in the prompt becomes the token of that name.  allow_long: go past
+        position 2**20, where rotary angles lose accuracy.
+        Raises GenerationError if the request cannot be served as asked, QueueFullError if too many wait,
+        EngineClosedError. What goes wrong later is raised by the stream.
         """
-        request = self._request(prompt, messages, params or SamplingParams(), allow_long)
-        return self._stream(request, allow_long)
+        job = self._job(prompt, params, messages, special_tokens, allow_long)
+        return Stream(job, self._scheduler, self)
+
+    def astream(
+        self,
+        prompt: Prompt | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        special_tokens: bool = False,
+        allow_long: bool = False,
+    ) -> AsyncStream:
+        """As `stream`, for `async for`; the first piece raises what `stream` raises."""
+        return AsyncStream(
+            lambda: self._job(prompt, params, messages, special_tokens, allow_long), self._scheduler, self
+        )
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
+        special_tokens: bool = False,
         allow_long: bool = False,
     ) -> list[Output]:
-        """Produce a text for each prompt, max_batch_size of them at a time."""
-        settings = params or SamplingParams()
-        requests = [self._request(prompt, None, settings, allow_long) for prompt in prompts]
-        rows = self.cache.capacity_rows
-        for start in range(0, len(requests), rows):
-            for _ in self._run(requests[start : start + rows], allow_long):
-                pass
-        return [self._output(request) for request in requests]
+        """Produce a text for each prompt, n of them with params.n; prompt 0 sample 0, prompt 0 sample 1, …
 
-    def _stream(self, request: Request, allow_long: bool) -> Generator[Piece]:
-        decoder = self._tokenizer.decoder(request.prompt) if self._tokenizer else None
-        for _, token in self._run([request], allow_long):
-            if token is not None:
-                yield Piece(decoder.push(token) if decoder else "", token)
-        if request.finish_reason == "error":
-            raise NonFiniteLogitsError([request.row], {})
-        yield Piece("", None, request.finish_reason)
+        Prompts beyond the rows are queued as others end. If one fails, the others are cancelled and its error
+        is raised. Raises as `stream`, for any of them before the first is queued.
+        """
+        return run_batch(self._batch(prompts, params, special_tokens, allow_long))
 
-    def _run(self, requests: Sequence[Request], allow_long: bool) -> Iterator[tuple[int, int | None]]:
-        return run_requests(self.cache, requests, timeout_s=self._row_timeout_s, allow_long=allow_long)
-
-    def _request(
+    async def agenerate(
         self,
-        prompt: str | Sequence[int] | None,
-        messages: Sequence[Message] | None,
-        params: SamplingParams,
-        allow_long: bool,
-    ) -> Request:
-        if (prompt is None) == (messages is None):
-            raise GenerationError("expected either a prompt or messages")
-        if messages is not None:
-            tokens: Sequence[int] = self.tokenizer.encode_chat(messages)
-        else:
-            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt or ())
-        generation = self.manifest.details.get("generation", {})
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= set(generation.get("eos_token_ids", ()))
-        request = Request(tokens, params, frozenset(ends))
-        if reason := self.manifest.contract.check_position(len(tokens), allow_long=allow_long):
-            raise GenerationError(f"the prompt has {len(tokens)} tokens, the first new one: {reason}")
-        return request
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        special_tokens: bool = False,
+        allow_long: bool = False,
+    ) -> list[Output]:
+        """As `generate`, without blocking the event loop."""
+        return await run_batch_async(self._batch(prompts, params, special_tokens, allow_long))
 
-    def _output(self, request: Request) -> Output:
-        if request.finish_reason is None:
-            raise GenerationError("the request did not run to its end")
-        text = ""
-        if self._tokenizer is not None:
-            decoder = self._tokenizer.decoder(request.prompt)
-            text = "".join(decoder.push(token) for token in request.tokens)
-        return Output(text, tuple(request.tokens), request.finish_reason)
+    def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> Session:
+        """A conversation that keeps its ring between turns.
+
+        system: a system message to begin a chat with.  messages: any messages to begin one with, before the
+        first turn's. With neither, the first turn says whether it is a chat or a text.
+        """
+        first = [] if system is None else [{"role": "system", "content": system}]
+        chat = None if system is None and messages is None else tuple(checked([*first, *(messages or ())]))
+        return Session(self._session_host(), SessionRing(messages=chat))
+
+    def restore_session(self, file: str | Path) -> Session:
+        """A session that `Session.save` wrote, as it was.
+
+        Raises SessionError for a file of another artifact, or one that was altered or cut short.
+        """
+        return restored(self._session_host(), Path(file))
+
+    def metrics(self) -> Metrics:
+        """What the engine did since it was loaded, and does now."""
+        return self._scheduler.metrics()
+
+    def close(self) -> None:
+        """End what runs as cancelled, and give memory back. Later requests raise EngineClosedError."""
+        self._scheduler.close()
+        log.info("engine closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _session_host(self) -> SessionHost:
+        return SessionHost(self._inputs, self._scheduler, *self._host, owner=self)
+
+    def _job(
+        self,
+        prompt: Prompt | None,
+        params: SamplingParams | None,
+        messages: Sequence[Message] | None,
+        special_tokens: bool,
+        allow_long: bool,
+    ) -> Job:
+        tokens = self._inputs.tokens(prompt, messages, special_tokens=special_tokens)
+        return self._inputs.job(self._inputs.request(tokens, params, allow_long=allow_long))
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None,
+        special_tokens: bool,
+        allow_long: bool,
+    ) -> Batch:
+        if isinstance(prompts, str):
+            raise GenerationError("expected a list of prompts, found one text; pass [prompt]")
+        inputs = self._inputs
+        requests = [
+            inputs.request(
+                inputs.prompt_tokens(prompt, special_tokens=special_tokens), params, allow_long=allow_long
+            )
+            for prompt in prompts
+        ]
+        return Batch(requests, inputs.job, self._scheduler, self._batch_width)
 
 
 def open_cache(
@@ -168,20 +277,22 @@ def open_cache(
 
     exact: see `OnnxRuntimeBackend`.
     """
-    manifest = read_manifest(folder, check_files=not trust_weights)
-    return _open_backend(folder, manifest, threads, exact=exact, trusted=trust_weights)
-
-
-def _open_backend(
-    folder: Path, manifest: Manifest, threads: int | None, *, exact: bool = False, trusted: bool = False
-) -> RollingCache:
-    if manifest.stage == "engine":
-        check_engine_folder(folder, manifest, device.local_device, plan_hashed=not trusted)
-        raise EngineMismatchError(
-            f"{folder} is whole and fits this machine, but this version builds and checks TensorRT engines "
-            "and does not execute them: the TensorRT backend is not in it; run the ONNX folder it was built "
-            "from: mistral-trt generate ONNX_DIR --prompt TEXT"
-        )
-    module = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
-    backend = module.OnnxRuntimeBackend(folder / GRAPH_NAME, manifest.contract, threads=threads, exact=exact)
+    _, backend = open_artifact(
+        Path(folder), threads=threads, trust_weights=trust_weights, exact=exact, provider="cpu"
+    )
     return RollingCache(backend)
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise GenerationError(f"{name} must be a whole number, found {value!r}")
+
+
+def _ring_folder(
+    session_dir: str | Path | None, manifest: Manifest, sha: str, inbox: "SimpleQueue[Work | None]"
+) -> RingFolder | None:
+    if session_dir is None:
+        return None
+    if not Path(session_dir).is_dir():
+        raise ArtifactError(f"session_dir: {session_dir} is not a folder; make it first")
+    return RingFolder(Path(session_dir), manifest.contract, sha, inbox.put)

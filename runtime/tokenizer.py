@@ -1,30 +1,33 @@
-"""Text ↔ token ids, with the tokenizer and chat template that travel in the artifact."""
+"""Text and chat messages ↔ token ids, with the tokenizer and chat template that travel in the artifact."""
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from mistral_trt.errors import GenerationError, ManifestError
+from mistral_trt.runtime.chat import ChatTemplate, Message, answer_end
+from mistral_trt.runtime.control_tokens import ControlTokens, encode
+from mistral_trt.runtime.text import StreamDecoder, TextStream, TokenBytes
 
-Message = Mapping[str, Any]
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SPECIAL_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 
 
 class Tokenizer:
-    """A `tokenizer.json` and, where the model has one, its chat template."""
+    """A `tokenizer.json` and, where the model has one, its chat template. Any thread may use it."""
 
     def __init__(self, fast: FastTokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
+        """config: tokenizer_config.json. Raises ValueError for a decoder that streams no text."""
+        special = {name: text for name in _SPECIAL_TOKENS if (text := _text(config.get(name))) is not None}
+        _add_named(fast, [text for name, text in special.items() if name != "unk_token"])
         self._fast = fast
-        self._config = config
-        self._template = chat_template
+        self._control = ControlTokens(fast, special.values())
+        self._bytes = TokenBytes(fast)
+        self._template = None if chat_template is None else ChatTemplate(chat_template, special)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -40,66 +43,99 @@ class Tokenizer:
             )
         try:
             fast = FastTokenizer.from_file(str(path))
+            # A tokenizer saved while training carries its cut and its padding; a prompt is neither.
+            fast.no_truncation()
+            fast.no_padding()
             config_path = folder / "tokenizer_config.json"
             config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
-            template = _find_template(folder, config)
+            return cls(fast, config, _find_template(folder, config))
         except Exception as error:  # tokenizers raises plain Exception
             raise ManifestError(f"{folder}: the tokenizer cannot be read: {error}") from error
-        # A tokenizer saved while training carries its cut and its padding; a prompt is neither.
-        fast.no_truncation()
-        fast.no_padding()
-        return cls(fast, config, template)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the beginning-of-text token where the model uses one."""
-        return self._encode(text, add_special_tokens=True)
+    @cached_property
+    def size(self) -> int:
+        """The highest id + 1, added tokens included. A model may have logits for more."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def json(self) -> str:
+        """The whole tokenizer as the package `tokenizers` writes it, for libraries that take that."""
+        return str(self._fast.to_str())
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, with the beginning-of-text token where the model uses one.
+
+        special_tokens: the text of a special token ("</s>") is that token, as in transformers. Otherwise it
+        is ordinary text, as in mistral-common: a service's users must not write control tokens.
+        Raises GenerationError for what is no text.
+        """
+        if special_tokens:
+            return list(encode(self._fast, text, add_special_tokens=True).ids)
+        return self._control.encode(text)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that the model is to answer."""
-        return self._encode(self.render_chat(messages), add_special_tokens=False)
+        """Token ids of a conversation that the model is to answer.
+
+        Its special tokens are those that the chat template writes; none are added, and the text of one in a
+        message's content stays text. What a template writes as ordinary text (in Mistral's v1 "[INST]" is no
+        token), a message can write too. Raises GenerationError without a template, for messages that are
+        none or that the template refuses, and where a special token's text in a message cannot be told apart
+        from the template's own.
+        """
+        return self._control.encode_rendering(self._chat.render_apart(messages)).ids
+
+    def continue_chat(
+        self, previous: Sequence[Message], answer: str, messages: Sequence[Message]
+    ) -> list[int] | None:
+        """Token ids to append where `encode_chat(previous)` and the answer's tokens stand, but not its end.
+
+        They are what the template writes after the answer (most often the end token) and the new messages,
+        so that the model is to answer the last of them. None where the whole is to be encoded anew: if the
+        longer conversation does not begin with the shorter one and the answer (a template that moves the
+        system prompt, or drops thoughts), or if a token would lie across the end of the answer. Blanks at the
+        answer's borders may differ, see `chat.answer_end`. Raises GenerationError as `encode_chat` does.
+        """
+        before = self._chat.render(previous)
+        turn = {"role": "assistant", "content": answer}
+        whole = self._chat.render_apart([*previous, turn, *messages])
+        end = answer_end(before, answer, whole.text)
+        if end is None:
+            return None
+        encoded = self._control.encode_rendering(whole)
+        index = encoded.index_at(end)
+        return None if index is None else encoded.ids[index:]
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The conversation in the model's own format. Raises GenerationError without a template."""
-        if self._template is None:
-            raise GenerationError("this model has no chat template; pass a prompt instead of messages")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        special = {name: _text(self._config.get(name)) for name in _SPECIAL_TOKENS}
-        try:
-            return environment.from_string(self._template).render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special
-            )
-        except Exception as error:  # a template is a program, and raises what programs raise
-            raise GenerationError(f"the chat template refused these messages: {error}") from error
+        return self._chat.render(messages)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:  # half a surrogate pair: what Python makes of bytes that are not UTF-8
-            raise GenerationError("the prompt is not valid text (UTF-8)") from error
+    @property
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            raise GenerationError(
+                "this model has no chat template; pass a prompt instead of messages, or put a "
+                "chat_template.jinja into the checkpoint's folder and export it again"
+            )
+        return self._template
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return str(self._fast.decode(list(ids)))
+        """Text of token ids, special tokens left out; bytes that are no UTF-8 as `text` describes."""
+        return self._bytes.decode(ids)
 
-    def decoder(self, prompt: Sequence[int]) -> "StreamDecoder":
+    def decoder(self, prompt: Sequence[int]) -> StreamDecoder:
         """A decoder for tokens that follow `prompt`."""
-        return StreamDecoder(self._fast, prompt)
+        return StreamDecoder(self._bytes, prompt)
+
+    def text_stream(self, prompt: Sequence[int], stop: Sequence[str] = ()) -> TextStream:
+        """The text of tokens that follow `prompt`, up to the first of the stop strings."""
+        return TextStream(self.decoder(prompt), stop)
 
 
-class StreamDecoder:
-    """Token by token → pieces of text that join to the whole; a split character waits for its rest."""
-
-    def __init__(self, fast: FastTokenizer, prompt: Sequence[int]) -> None:
-        self._fast = fast
-        # A few tokens of context are enough to know whether a space precedes the first new one.
-        self._stream = DecodeStream(ids=list(prompt)[-8:], skip_special_tokens=True)
-
-    def push(self, token: int) -> str:
-        return self._stream.step(self._fast, token) or ""
+def _add_named(fast: FastTokenizer, names: Any) -> None:
+    """Make special what tokenizer_config.json names, as transformers does, where tokenizer.json does not."""
+    added = {entry.content for entry in fast.get_added_tokens_decoder().values()}
+    missing = [name for name in names if fast.token_to_id(name) is not None and name not in added]
+    fast.add_special_tokens([AddedToken(name, normalized=False) for name in missing])
 
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -115,12 +151,8 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _text(token: Any) -> str:
+def _text(token: Any) -> str | None:
     """A special token as text; tokenizer_config.json has it plain or as an object."""
     if isinstance(token, Mapping):
         token = token.get("content")
-    return token if isinstance(token, str) else ""
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    return token if isinstance(token, str) else None

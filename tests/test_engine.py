@@ -1,20 +1,30 @@
 """The embedded runtime as a service sees it: prompts in, text out, errors that say what to do."""
 
 import json
+import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
-from mistral_trt.errors import EngineMismatchError, GenerationError, ManifestError, NonFiniteLogitsError
+from mistral_trt.errors import (
+    EngineMismatchError,
+    GenerationError,
+    ManifestError,
+    NonFiniteLogitsError,
+    QueueFullError,
+)
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
-from mistral_trt.runtime.cache import RowSnapshot
+from mistral_trt.runtime.backend import Logits, Step
+from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.tokenizer import Tokenizer
 from tests.models import write_checkpoint, write_tokenizer
+from tests.token_backend import eventually
 
 PROMPT = "naïve café 日本 🙂"
 
@@ -29,8 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return Engine.load(folder)
+def engine(folder: Path) -> Iterator[Engine]:
+    with Engine.load(folder) as engine:
+        yield engine
 
 
 def test_stream_joins_to_generate(engine: Engine) -> None:
@@ -72,18 +83,51 @@ def test_stop_tokens_end_the_text_and_are_not_part_of_it(engine: Engine) -> None
     assert held.finish_reason == "stop"
 
 
-def test_the_models_own_end_token_ends_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mistral_trt.runtime.generate.sample", lambda *_: 1)
-    assert engine.generate(["abc"])[0].finish_reason == "stop"
-    ignored = engine.generate(["abc"], SamplingParams(max_tokens=3, ignore_eos=True))[0]
+def test_the_models_own_end_token_ends_the_text(engine: Engine) -> None:
+    likely = {1: 1e9}
+    (output,) = engine.generate(["abc"], SamplingParams(logit_bias=likely))
+    assert (output.finish_reason, output.tokens, output.text) == ("stop", (), "")
+    ignored = engine.generate(["abc"], SamplingParams(max_tokens=3, ignore_eos=True, logit_bias=likely))[0]
     assert ignored.tokens == (1, 1, 1)
 
 
+def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+    free = engine.generate([PROMPT], SamplingParams(max_tokens=40, ignore_eos=True))[0]
+    stop = free.text[5:8]
+    cut = free.text[: free.text.index(stop)]
+    held = SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,))
+    (output,) = engine.generate([PROMPT], held)
+    assert (output.text, output.finish_reason) == (cut, "stop")
+    assert output.tokens == free.tokens[: len(output.tokens)]
+    pieces = list(engine.stream(PROMPT, held))
+    assert "".join(piece.text for piece in pieces) == cut
+    never = SamplingParams(max_tokens=40, ignore_eos=True, stop=(free.text[-1] + "never",))
+    assert engine.generate([PROMPT], never)[0].text == free.text
+
+
+def test_ids_beyond_the_tokenizer_never_come(tmp_path: Path) -> None:
+    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "c", vocab_size=300, eos_token_id=1))
+    export_checkpoint(checkpoint, tmp_path / "o", precision="fp32", prefill_chunk=4)
+    params = SamplingParams(max_tokens=200, temperature=5.0, seed=1, ignore_eos=True)
+    with Engine.load(tmp_path / "o") as engine:
+        assert max(engine.generate(["abc"], params)[0].tokens) < 259
+
+
+def test_constrained_text_is_what_it_must_be(engine: Engine) -> None:
+    (output,) = engine.generate(["abc"], SamplingParams(regex="[0-9]{3}-[ab]+x", max_tokens=30))
+    assert re.fullmatch("[0-9]{3}-[ab]*x?", output.text)
+    (output,) = engine.generate(["abc"], SamplingParams(regex="(yes|no)", max_tokens=30))
+    assert output.text in ("yes", "no") and output.finish_reason == "stop"
+    with pytest.raises(GenerationError, match="llguidance refuses"):
+        engine.stream("abc", SamplingParams(regex="("))
+
+
 def test_an_abandoned_stream_gives_its_row_back(engine: Engine) -> None:
-    stream = engine.stream("abc", SamplingParams(max_tokens=50, ignore_eos=True))
+    stream = engine.stream("abc", SamplingParams(max_tokens=5000, ignore_eos=True))
     next(stream)
+    assert engine.metrics().active_rows == 1
     stream.close()
-    assert engine.cache.free_rows == engine.cache.capacity_rows
+    eventually(lambda: engine.metrics().active_rows == 0)
 
 
 def test_streams_of_one_thread_interleave(engine: Engine) -> None:
@@ -99,16 +143,17 @@ def test_streams_of_one_thread_interleave(engine: Engine) -> None:
     assert found == expected
 
 
-def test_a_request_that_finds_no_row_is_refused_and_does_not_hang(folder: Path) -> None:
-    engine = Engine.load(folder, row_timeout_s=0.05)
-    params = SamplingParams(max_tokens=25, ignore_eos=True)
-    running = [engine.stream("x", params) for _ in range(4)]
-    for stream in running:
-        next(stream)
-    with pytest.raises(GenerationError, match="0 of 4 free.*end a running stream first"):
-        next(engine.stream("x", params))
-    running[2].close()
-    assert next(engine.stream("x", params)).token is not None
+def test_a_request_that_finds_no_row_waits_and_one_too_many_is_refused(folder: Path) -> None:
+    params = SamplingParams(max_tokens=2000, ignore_eos=True)
+    with Engine.load(folder, queue_size=1) as engine:
+        running = [engine.stream("x", params) for _ in range(4)]
+        for stream in running:
+            next(stream)
+        waiting = engine.stream("x", params)
+        with pytest.raises(QueueFullError, match="1 request.s. wait for one of 4 row.s. already"):
+            engine.stream("x", params)
+        running[2].close()
+        assert next(waiting).token is not None
 
 
 def test_threads_wait_for_each_other(engine: Engine) -> None:
@@ -127,17 +172,24 @@ def test_threads_wait_for_each_other(engine: Engine) -> None:
     assert found == expected
 
 
-def test_nan_ends_the_request_with_an_error_and_the_next_is_clean(engine: Engine) -> None:
+def test_nan_ends_the_request_with_an_error_and_the_next_is_clean(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN in the ring itself, which only zeroing takes away."""
     params = SamplingParams(max_tokens=6, ignore_eos=True)
-    expected = engine.generate(["abc"], params)
-    stream = engine.stream("abc", params)
-    next(stream)
-    state = engine.cache.snapshot(0)
-    rings = tuple(np.full_like(ring, np.nan) for ring in state.rings)
-    engine.cache.restore(0, RowSnapshot(state.position, rings))
-    with pytest.raises(NonFiniteLogitsError, match="bf16"):
-        list(stream)
-    assert engine.generate(["abc"], params) == expected
+    with Engine.load(folder) as engine:
+        expected = engine.generate(["abc"], params)
+        run = OnnxRuntimeBackend.run
+
+        def spoilt(self: OnnxRuntimeBackend, step: Step) -> Logits:
+            self.write_row(0, [np.full_like(ring, np.nan) for ring in self.read_row(0)])
+            return run(self, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OnnxRuntimeBackend, "run", spoilt)
+            with pytest.raises(NonFiniteLogitsError, match="bf16"):
+                list(engine.stream("abc", params))
+        assert engine.generate(["abc"], params) == expected
 
 
 def test_token_ids_are_a_prompt_too(engine: Engine) -> None:

@@ -5,23 +5,23 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from mistral_trt.devices import Device
 from mistral_trt.engines.gpu import find_gpu
-from mistral_trt.errors import EngineMismatchError, MissingDependencyError
-from mistral_trt.manifest import Manifest, describe_files, read_manifest
+from mistral_trt.errors import EngineMismatchError
+from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import engine_folder
-from mistral_trt.runtime.cache import RollingCache, Step
-from mistral_trt.runtime.engine import open_cache
-from mistral_trt.weight_index import RefitWeight, write_weight_index
 from tests.models import write_checkpoint
-from tests.simulated_gpu import SimulatedCuda, SimulatedTensorRT
+from tests.simulated import tensorrt as doubles
+from tests.simulated.folder import Machine, machine, write_engine_folder
 
 Folder = Callable[..., Path]
 
@@ -37,10 +37,10 @@ SHAPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """bench.runner is bench/gpu_runner.py, and so on; they are no part of the package."""
+    """bench.checks is bench/gpu_checks.py, and so on; they are no part of the package."""
     sys.path.insert(0, str(BENCH))
     try:
-        names = ("runner", "checks", "report", "acceptance")
+        names = ("checks", "report", "acceptance")
         yield SimpleNamespace(**{name: importlib.import_module(f"gpu_{name}") for name in names})
     finally:
         sys.path.remove(str(BENCH))
@@ -60,199 +60,47 @@ def onnx(checkpoint: Path) -> Path:
     return folder
 
 
+FLAVOR = "tensorrt-rtx"
+
+
 @pytest.fixture
 def engine(onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An engine folder whose plan is a word: the simulation runs the ONNX graph for any."""
-    monkeypatch.setattr(engine_folder, "installed_version", lambda _: "1.7.1.116")
-    folder = tmp_path / "engine"
-    folder.mkdir()
-    (folder / "model.plan").write_bytes(b"a plan")
-    described(folder, onnx).write(folder)
-    return folder
+    """An engine folder that the simulation can run, with ceilings that a build predicts."""
+    return engine_folder_of(onnx, tmp_path / "engine", FLAVOR, monkeypatch)
 
 
-def described(folder: Path, onnx: Path, weights: str = "embedded") -> Manifest:
-    made = read_manifest(onnx)
-    predicted = {
-        "weights_bytes": made.details["weights_bytes"],
-        "ring_bytes_per_row": made.contract.ring_bytes_per_row,
-        "max_batch_size": 3,
-        "device_bytes": 10**9,
-        "ceilings": {"a10g": {"decode_tokens_per_s": 1e4, "decode_all_rows_tokens_per_s": 3e4}},
-    }
-    return Manifest(
-        stage="engine",
-        files=describe_files(folder),
-        sources=made.sources,
-        contract=made.contract,
-        versions=made.versions,
-        details={
-            "gpus": ["a10g"],
-            "gpu_name": "NVIDIA A10G",
-            "compute_capabilities": ["8.6"],
-            "flavor": "tensorrt-rtx",
-            "tensorrt": "1.7.1.116",
-            "weights": weights,
-            "predicted": predicted,
-        },
-    )
+def engine_folder_of(onnx: Path, out: Path, flavor: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_engine_folder(onnx, out, flavor=flavor)
+    manifest = read_manifest(out)
+    ceilings = {"decode_tokens_per_s": 1e4, "decode_all_rows_tokens_per_s": 3e4}
+    predicted = {**manifest.details["predicted"], "ceilings": {"a10g": ceilings}}
+    replace(manifest, details={**manifest.details, "predicted": predicted}).write(out)
+    monkeypatch.setattr(engine_folder, "installed_version", lambda _: manifest.details["tensorrt"])
+    return out
 
 
 @pytest.fixture
-def simulated(onnx: Path) -> tuple[SimulatedTensorRT, SimulatedCuda]:
-    cudart = SimulatedCuda()
-    return SimulatedTensorRT(cudart, onnx, read_manifest(onnx).contract), cudart
+def simulated() -> Machine:
+    return machine(FLAVOR)
 
 
-@pytest.fixture
-def backend(bench: Any, engine: Path, simulated: Any) -> Iterator[Any]:
-    trt, cudart = simulated
-    opened = bench.runner.EngineBackend(trt, cudart, engine, trt.contract)
-    yield opened
-    opened.close()
-    assert not cudart.memory and not cudart.streams and not cudart.graphs
+def modules_of(gpu: Machine) -> Callable[[str], tuple[Any, Any]]:
+    return lambda flavor: (gpu.trt, gpu.cudart)
 
 
-@pytest.fixture
-def loaded(bench: Any, checkpoint: Path, onnx: Path, engine: Path, simulated: Any) -> Iterator[Any]:
+def open_bench(bench: Any, checkpoint: Path, onnx: Path, engine: Path, gpu: Machine) -> Any:
     """A Bench whose engine is loaded, over 60 positions (R = 12)."""
-    opened = bench.checks.Bench(checkpoint, onnx, engine, lambda _: simulated, lambda: A10G, 60)
+    opened = bench.checks.Bench(checkpoint, onnx, engine, modules_of(gpu), lambda: A10G, 60)
     bench.checks.load(opened)
+    return opened
+
+
+@pytest.fixture
+def loaded(bench: Any, checkpoint: Path, onnx: Path, engine: Path, simulated: Machine) -> Iterator[Any]:
+    opened = open_bench(bench, checkpoint, onnx, engine, simulated)
     yield opened
     opened.close()
-
-
-# --- the runner ----------------------------------------------------------------------------------------
-
-
-def test_the_runner_gives_what_onnxruntime_gives_across_the_wrap(backend: Any, onnx: Path) -> None:
-    tokens = np.random.default_rng(0).integers(0, 97, 40).tolist()
-    graph, device = open_cache(onnx), RollingCache(backend)
-    rows = [cache.acquire_rows(3) for cache in (graph, device)]
-    for row in (2, 0, 1):
-        expected, found = (cache.append(row, tokens[row:30], all_logits=True) for cache in (graph, device))
-        np.testing.assert_array_equal(found, expected)
-    for position in range(30, 40):
-        feed = dict.fromkeys(rows[0], tokens[position])
-        expected_rows, found_rows = graph.step(feed), device.step(feed)
-        for row in feed:
-            np.testing.assert_array_equal(found_rows[row], expected_rows[row])
-    for ours, theirs in zip(device.snapshot(1).rings, graph.snapshot(1).rings, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_a_row_is_written_and_read_where_it_lies(backend: Any) -> None:
-    rings = [np.full((3, 12, 64), value, np.float16) for value in range(1, 5)]
-    backend.write_row(1, rings)
-    for before, after in zip(rings, backend.read_row(1), strict=True):
-        np.testing.assert_array_equal(before, after)
-    assert not any(ring.any() for row in (0, 2) for ring in backend.read_row(row))
-    backend.write_row(1, None)
-    assert not any(ring.any() for ring in backend.read_row(1))
-
-
-def test_a_captured_step_replays_with_other_tokens(backend: Any, simulated: Any) -> None:
-    def step(token: int, position: int) -> Step:
-        return Step(np.array([[token]]), np.array([[position]]), np.array([[0]]), 0)
-
-    expected = [backend.run(step(token, token)) for token in range(3)]
-    backend.write_row(0, None)
-    captured = backend.capture(step(0, 0))
-    found = [backend.replay(captured, step(token, token)) for token in range(3)]
-    np.testing.assert_array_equal(found, expected)
-    assert simulated[1].launched == 3
-    with pytest.raises(ValueError, match="expected a decode step of 1 rows"):
-        backend.replay(captured, Step(np.zeros((2, 1), int), np.zeros((2, 1), int), np.zeros((2, 1), int), 0))
-    backend.discard(captured)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda trt, cuda: setattr(trt, "loads", False), "cannot load .*model.plan"),
-        (
-            lambda trt, cuda: trt.aliases.pop("present.1.key"),
-            "expected present.1.key on the memory of past_k",
-        ),
-        (lambda trt, cuda: setattr(cuda, "cudaMalloc", lambda size: (1, 0)), "CUDA: cudaMalloc gave 1"),
-    ],
-    ids=["no plan", "no alias", "no memory"],
-)
-def test_an_engine_that_cannot_be_used_is_told(
-    bench: Any, engine: Path, simulated: Any, spoil: Callable[[Any, Any], Any], words: str
-) -> None:
-    spoil(*simulated)
-    with pytest.raises(EngineMismatchError, match=words):
-        bench.runner.EngineBackend(*simulated, engine, simulated[0].contract)
-
-
-def test_a_call_outside_its_profile_is_told(backend: Any) -> None:
-    five = np.arange(5)[None]
-    with pytest.raises(EngineMismatchError, match=r"does not take input_ids as \[1, 5\]"):
-        backend.run(Step(five, five, np.array([[4]]), 0))
-
-
-def test_a_plan_without_weights_is_refitted(bench: Any, engine: Path, simulated: Any) -> None:
-    (engine / "w.data").write_bytes(np.arange(6, dtype=np.float16).tobytes())
-    write_weight_index(engine, [RefitWeight("w", "float16", (2, 3), "w.data", 0, 12)])
-    trt, taken = simulated[0], {}
-
-    class Refitter:
-        missing: tuple[str, ...] = ()
-
-        def __init__(self, engine: Any, logger: Any) -> None: ...
-
-        def set_named_weights(self, name: str, weights: tuple[str, int, int]) -> bool:
-            dtype, address, count = weights
-            taken[name] = (
-                dtype,
-                count,
-                np.ctypeslib.as_array(_halves(address, count)).view(np.float16).tolist(),
-            )
-            return True
-
-        def get_missing_weights(self) -> tuple[str, ...]:
-            return self.missing
-
-        def refit_cuda_engine(self) -> bool:
-            return True
-
-    trt.Refitter, trt.Weights = Refitter, lambda *values: values
-    trt.DataType = SimpleNamespace(HALF="HALF")
-    bench.runner.EngineBackend(*simulated, engine, trt.contract).close()
-    assert taken == {"w": ("HALF", 6, [0, 1, 2, 3, 4, 5])}
-    Refitter.missing = ("v",)
-    with pytest.raises(EngineMismatchError, match=r"did not refit the plan; missing: \['v'\]"):
-        bench.runner.EngineBackend(*simulated, engine, trt.contract)
-
-
-def _halves(address: int, count: int) -> Any:
-    import ctypes
-
-    return (ctypes.c_uint16 * count).from_address(address)
-
-
-def test_the_modules_are_asked_for_by_name(bench: Any) -> None:
-    with pytest.raises(MissingDependencyError, match="no_trt is not installed; run: pip install no-trt"):
-        bench.runner.load_gpu("no_trt")
-
-
-def test_every_call_exists_in_the_installed_tensorrt() -> None:
-    """The half of the API that the simulation stands for."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    names = {
-        trt.ICudaEngine: "get_tensor_name get_tensor_mode num_io_tensors "
-        "num_optimization_profiles get_aliased_input_tensor create_execution_context",
-        trt.IExecutionContext: "set_optimization_profile_async set_input_shape "
-        "set_tensor_address infer_shapes is_stream_capturable execute_async_v3",
-        trt.Refitter: "set_named_weights get_missing_weights refit_cuda_engine",
-        trt.Runtime: "deserialize_cuda_engine",
-        trt.DataType: "FLOAT HALF BF16 INT8 INT4 FP8",
-        trt.TensorIOMode: "INPUT OUTPUT",
-        trt.Logger: "WARNING",
-    }
-    for owner, members in names.items():
-        assert [name for name in members.split() if not hasattr(owner, name)] == []
+    assert simulated.device.leaks() == {}
 
 
 # --- the checks ----------------------------------------------------------------------------------------
@@ -264,28 +112,43 @@ def test_the_checks_hold_on_a_sound_engine(bench: Any, loaded: Any) -> None:
     assert re.search(r"240 positions, \d\d+ pokes, \d gates, 0 failed", found["log"][-1])
     found = bench.checks.against_pytorch(loaded)
     assert found["failures"] == [] and 0 < found["logit_error_max"] < 0.5
-    assert "hidden_slots_seen" not in found
+    assert "hidden_slots_seen" not in found and loaded.backend.ready
     assert bench.checks.cuda_graph(loaded)["log"] == ["3 steps, equal bit for bit"]
 
 
-def test_wrong_logits_fail_every_comparison(bench: Any, loaded: Any, simulated: Any) -> None:
+def test_wrong_logits_fail_every_comparison(bench: Any, loaded: Any, simulated: Machine) -> None:
     def spoil(logits: np.ndarray) -> None:
         logits[..., 0] += 3
 
-    simulated[0].fault = spoil
+    simulated.trt._spoil = spoil
     for check in (bench.checks.against_onnxruntime, bench.checks.against_pytorch):
         assert any("Logit error, largest" in line for line in check(loaded)["failures"])
 
 
-def test_a_graph_that_differs_from_its_step_fails(bench: Any, loaded: Any, simulated: Any) -> None:
-    trt, cudart = simulated
+def test_a_graph_that_differs_from_its_step_fails(
+    bench: Any, checkpoint: Path, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full TensorRT, whose graphs are launched by hand and so can be told apart here."""
+    folder, gpu = engine_folder_of(onnx, tmp_path / "full", "tensorrt", monkeypatch), machine("tensorrt")
+    loaded = open_bench(bench, checkpoint, onnx, folder, gpu)
 
     def spoil(logits: np.ndarray) -> None:
-        if cudart.launched:
+        if gpu.device.called[-2:] == ["cudaGraphLaunch", "cudaStreamSynchronize"]:
             logits.view(np.uint32)[..., 5] ^= 1
 
-    trt.fault = spoil
+    assert bench.checks.cuda_graph(loaded)["failures"] == []
+    gpu.trt._spoil = spoil
     assert len(bench.checks.cuda_graph(loaded)["failures"]) == 3
+    loaded.close()
+
+
+def test_bfloat16_rings_are_numbers_to_the_probes(bench: Any) -> None:
+    """The runtime has their bits; to add 3.0 to those would poke nothing."""
+    rings = (np.full((2, 3, 4), 1.5, ml_dtypes.bfloat16),)
+    bits = SimpleNamespace(read_row=lambda row: tuple(r.view(np.uint16) for r in rings), contract="its")
+    numbers = bench.checks._Bfloat16Rows(bits)
+    np.testing.assert_array_equal(numbers.read_row(0)[0], rings[0])
+    assert numbers.contract == "its"
 
 
 def test_the_speed_has_every_batch_and_its_ceiling(
@@ -328,8 +191,8 @@ def prepared(
     return SimpleNamespace(job=job, commands=commands)
 
 
-def test_on_the_gpu_every_step_is_done(bench: Any, prepared: Any, simulated: Any) -> None:
-    report = bench.acceptance.accept(prepared.job, lambda: A10G, lambda _: simulated)
+def test_on_the_gpu_every_step_is_done(bench: Any, prepared: Any, simulated: Machine) -> None:
+    report = bench.acceptance.accept(prepared.job, lambda: A10G, modules_of(simulated))
     assert report["verdict"] == "passed", report
     states = {step["name"]: step["status"] for step in report["steps"]}
     assert states.pop("build with tensorrt") == "not-run" and set(states.values()) == {"done"}
@@ -338,13 +201,13 @@ def test_on_the_gpu_every_step_is_done(bench: Any, prepared: Any, simulated: Any
     page = (prepared.job.out / "gpu-report.html").read_text()
     assert '<h1 class="passed">Passed: every step ran' in page and "tokens_per_s_b3_graph" in page
     assert "prefers-color-scheme: dark" in page and "http" not in page
-    assert not simulated[1].memory
+    assert simulated.device.leaks() == {}
 
 
 def test_without_a_gpu_it_goes_as_far_as_it_can_and_says_so(
-    bench: Any, prepared: Any, simulated: Any, capsys: pytest.CaptureFixture[str]
+    bench: Any, prepared: Any, simulated: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = bench.acceptance.accept(prepared.job, lambda: None, lambda _: simulated)
+    report = bench.acceptance.accept(prepared.job, lambda: None, modules_of(simulated))
     assert report["verdict"] == "needs-gpu" and bench.acceptance.EXIT["needs-gpu"] == 3
     needing = [step for step in report["steps"] if step["status"] == "needs-gpu"]
     assert len(needing) == len(bench.acceptance.GPU_STEPS)
@@ -364,23 +227,25 @@ def test_another_gpu_does_not_count(bench: Any) -> None:
 
 
 def test_a_failed_check_fails_the_whole_and_the_rest_still_runs(
-    bench: Any, prepared: Any, simulated: Any
+    bench: Any, prepared: Any, simulated: Machine
 ) -> None:
     def spoil(logits: np.ndarray) -> None:
         logits[...] = np.nan
 
-    simulated[0].fault = spoil
-    report = bench.acceptance.accept(prepared.job, lambda: A10G, lambda _: simulated)
+    simulated.trt._spoil = spoil
+    report = bench.acceptance.accept(prepared.job, lambda: A10G, modules_of(simulated))
     assert report["verdict"] == "failed" and bench.acceptance.EXIT["failed"] == 1
     states = {step["name"].split(",")[0]: step["status"] for step in report["steps"]}
     assert states["load"] == "done" and states["compare with PyTorch"] == "failed"
     assert states["compare with ONNX Runtime"] == "failed"
-    assert not simulated[1].memory
+    assert simulated.device.leaks() == {}
 
 
-def test_an_engine_that_does_not_load_stops_its_own_steps(bench: Any, prepared: Any, simulated: Any) -> None:
-    simulated[0].loads = False
-    report = bench.acceptance.accept(prepared.job, lambda: A10G, lambda _: simulated)
+def test_an_engine_that_does_not_load_stops_its_own_steps(
+    bench: Any, prepared: Any, simulated: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubles._Runtime, "deserialize_cuda_engine", lambda *arguments: None)
+    report = bench.acceptance.accept(prepared.job, lambda: A10G, modules_of(simulated))
     assert report["verdict"] == "failed"
     assert [step["status"] for step in report["steps"]][-5:] == ["failed", *["not-run"] * 4]
     assert report["steps"][-1]["log"] == ["the engine did not load"]

@@ -99,7 +99,7 @@ def test_the_manifest_tells_what_is_in_the_folder(onnx_folder: Folder, tiny_chec
     assert details["weights"] == list(checkpoint.weights)
     assert details["weights_bytes"] == sum(4 * t.elements for t in checkpoint.weights.values())
     assert details["text_files"] == []
-    assert details["generation"] == {"bos_token_id": 1, "eos_token_ids": [2]}
+    assert details["generation"] == {"bos_token_id": 1, "bos_token_ids": [1], "eos_token_ids": [2]}
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     assert details["graph_sha256"] == graph_sha256(model)
 
@@ -232,28 +232,33 @@ def test_an_export_says_what_the_ring_will_be(
 
 
 @pytest.mark.parametrize(
-    ("config", "generation", "expected"),
+    ("config", "generation", "tokenizer", "expected"),
     [
-        ({"eos_token_id": 2, "bos_token_id": 1}, None, (1, [2])),
-        ({"eos_token_id": [2, 7], "bos_token_id": None}, None, (None, [2, 7])),
-        ({"eos_token_id": 2}, {"eos_token_id": [9, 2], "bos_token_id": 5}, (5, [2, 9])),
-        ({"eos_token_id": 0, "bos_token_id": 0}, {}, (0, [0])),
-        ({"eos_token_id": None, "bos_token_id": 3}, {"eos_token_id": None}, (3, [])),
+        ({"eos_token_id": 2, "bos_token_id": 1}, None, (None, ()), ([1], [2])),
+        ({"eos_token_id": [2, 7], "bos_token_id": None}, None, (None, ()), ([], [2, 7])),
+        ({"eos_token_id": 2}, {"eos_token_id": [9, 2], "bos_token_id": 5}, (None, ()), ([5, 1], [2, 9])),
+        ({"eos_token_id": 0, "bos_token_id": 0}, {}, (None, ()), ([0], [0])),
+        ({"eos_token_id": None, "bos_token_id": 3}, {"eos_token_id": None}, (None, ()), ([3], [])),
+        ({"eos_token_id": 2, "bos_token_id": 3}, {"bos_token_id": None}, (4, (6,)), ([3, 4], [2, 6])),
+        ({"eos_token_id": None, "bos_token_id": None}, None, (4, (6,)), ([4], [6])),
     ],
 )
-def test_ids_that_end_a_text_are_the_union_of_what_both_files_name(
+def test_ids_that_start_and_end_a_text_are_the_union_of_what_all_files_name(
     source: Path,
     tmp_path: Path,
     config: dict[str, Any],
     generation: Any,
-    expected: tuple[int | None, list[int]],
+    tokenizer: tuple[int | None, tuple[int, ...]],
+    expected: tuple[list[int], list[int]],
 ) -> None:
     folder = altered(source, tmp_path / "x", config=config)
     (folder / "generation_config.json").unlink()
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    found = generation_ids(Checkpoint.open(folder), TextFiles({}, (), None, ()))
-    assert (found["bos_token_id"], found["eos_token_ids"]) == expected
+    found = generation_ids(Checkpoint.open(folder), TextFiles({}, (), *tokenizer))
+    starts, ends = expected
+    assert found["bos_token_id"] == next(iter(starts), None), "generation_config first, then config"
+    assert (found["bos_token_ids"], found["eos_token_ids"]) == (sorted(starts), ends)
 
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, -1, [2, "3"], {"id": 2}], ids=repr)

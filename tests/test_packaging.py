@@ -4,6 +4,7 @@ import inspect
 import io
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -13,11 +14,17 @@ import zipfile
 from collections.abc import Callable
 from email.parser import Parser
 from importlib import import_module
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mistral_trt
+from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.runtime import Engine, SamplingParams
+from tests.models import write_checkpoint, write_tokenizer
+from tests.test_layers import imports, modules, stage_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "engines", "runtime", "validate")
@@ -87,12 +94,31 @@ def test_a_tree_that_was_never_installed_has_a_version_too(tmp_path: Path) -> No
 
 # ---------------------------------------------------------------- a light runtime
 
+HEAVY = {
+    *("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "rich", "matplotlib"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "llguidance", "huggingface_hub"),
+    *("asyncio", "ssl", "multiprocessing", "starlette", "uvicorn"),
+}
 LOADED = """
 import sys
 import {module}
-heavy = {{"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "rich", "matplotlib", "tensorrt_rtx"}}
-print(sorted(heavy & set(sys.modules)))
+print(sorted({heavy} & set(sys.modules)))
 """
+IMPORT_MAX_S = 0.45
+"""Half as much again as is asked (0.3 s, which `make bench-runtime` measures on a quiet machine)."""
+TIMED = "import time; started = time.process_time(); {code}; print(time.process_time() - started)"
+"""Seconds of the processor: those of other jobs on the machine do not count."""
+
+
+def loaded(module: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return python(LOADED.format(module=module, heavy=HEAVY), cwd)
+
+
+def seconds(code: str, cwd: Path) -> float:
+    """Median of five fresh interpreters, after one that leaves the compiled modules behind."""
+    ran = [python(TIMED.format(code=code), cwd) for _ in range(6)]
+    assert not any(one.returncode for one in ran), ran[0].stderr
+    return statistics.median(float(one.stdout) for one in ran[1:])
 
 
 @pytest.mark.parametrize(
@@ -100,13 +126,19 @@ print(sorted(heavy & set(sys.modules)))
     ["mistral_trt.runtime", "mistral_trt.runtime.__main__", "mistral_trt.cli", "mistral_trt.inspect"],
 )
 def test_it_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
-    found = python(LOADED.format(module=module), tmp_path)
+    found = loaded(module, tmp_path)
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
 def test_something_heavy_would_be_seen(tmp_path: Path) -> None:
-    found = python(LOADED.format(module="mistral_trt.runtime, rich"), tmp_path)
-    assert found.stdout == "['rich']\n"
+    assert loaded("mistral_trt.runtime, rich", tmp_path).stdout == "['rich']\n"
+
+
+def test_the_runtime_is_imported_in_a_moment(tmp_path: Path) -> None:
+    runtime = "import mistral_trt.runtime"
+    assert seconds(runtime, tmp_path) <= IMPORT_MAX_S
+    slowly = f"{runtime}; exec('while time.process_time() - started < 0.46: pass')"
+    assert seconds(slowly, tmp_path) > IMPORT_MAX_S
 
 
 # ---------------------------------------------------------------- wheel and sdist
@@ -281,6 +313,82 @@ def test_the_installed_command_needs_no_package_for_what_needs_none(
     assert status == 2 and err.startswith("mistral-trt inspect: nowhere is not a folder")
     status, out, err = installed("python", "-c", "import mistral_trt.export, mistral_trt.validate, export")
     assert status == 1 and "No module named 'export'" in err
+
+
+# ---------------------------------------------------------------- the runtime alone
+
+
+def needed(wheel: Path, *extras: str) -> dict[str, Distribution]:
+    """The installed distributions that pip would install with the wheel, by name."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read(f"{wheel_metadata_folder(wheel)}/METADATA").decode())
+    waiting = [(Requirement(line), extras) for line in metadata.get_all("Requires-Dist") or []]
+    found: dict[str, Distribution] = {}
+    while waiting:
+        requirement, wanted = waiting.pop()
+        asked = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *wanted)
+        )
+        if asked and requirement.name not in found:
+            found[requirement.name] = distribution(requirement.name)
+            inner = found[requirement.name].requires or []
+            waiting += [(Requirement(line), tuple(requirement.extras)) for line in inner]
+    return found
+
+
+@pytest.fixture(scope="module")
+def embedded(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, ONNX Runtime and what the two ask for, linked from this one."""
+    home = tmp_path_factory.mktemp("embedded") / "venv"
+    venv.create(home, with_pip=False)
+    (site,) = home.glob("lib/python*/site-packages")
+    for found in needed(wheel, "onnxruntime").values():
+        for name in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(str(found.locate_file(name)))
+    made = pip("--python", str(home), "install", "--no-deps", "--no-index", str(wheel))
+    assert made.returncode == 0, made.stderr
+    return home
+
+
+@pytest.mark.slow
+def test_pip_finds_nothing_missing_there(embedded: Path) -> None:
+    checked = pip("--python", str(embedded), "check")
+    assert (checked.returncode, checked.stdout) == (0, "No broken requirements found.\n"), checked.stdout
+
+
+@pytest.mark.slow
+def test_the_runtime_alone_generates_text(embedded: Path, tmp_path: Path) -> None:
+    """What is installed is the wheel and what it asks for; neither torch nor onnx is there."""
+    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "checkpoint", vocab_size=259))
+    export_checkpoint(checkpoint, tmp_path / "artifact", precision="fp32", prefill_chunk=4)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [str(embedded / "bin" / "python"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+
+    example = str(ROOT / "examples" / "stream.py")
+    told = program(example, "artifact", "abc")
+    assert told.returncode == 0, told.stderr.decode()
+    params = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, seed=1)
+    with Engine.load(tmp_path / "artifact") as engine:
+        expected = "".join(piece.text for piece in engine.stream("abc", params))
+    assert told.stdout.decode() == expected + "\n"
+    assert b"No module named 'torch'" in program("-c", "import torch").stderr
+    assert b"No module named 'onnx'" in program("-c", "import onnx").stderr
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"])
+def test_every_dependency_is_imported_by_the_runtime(requirement: str) -> None:
+    name = Requirement(requirement).name
+    imported = {
+        one.module.split(".")[0]
+        for module, path in modules(ROOT).items()
+        if stage_of(module) in ("runtime", None)
+        for one in imports(path.read_text())
+    }
+    assert name in imported
 
 
 def test_the_checker_of_wheels_can_fail(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mistral_trt.engines.builder.api import (
     listed,
 )
 from mistral_trt.engines.gpu import RTX_TARGETS
+from mistral_trt.runtime.tensorrt import api as runtime_api
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -122,10 +123,6 @@ def test_what_the_engines_use_is_what_is_listed() -> None:
     assert {f"engines/{name}" for name in needed} <= set(texts)
     assert unlisted(texts, api) == set()
     assert unused(texts, api) == set()
-
-
-def test_what_the_runtime_uses_is_listed() -> None:
-    assert unlisted(sources("runtime"), listed("tensorrt-rtx")) == set()
 
 
 @pytest.mark.parametrize(
@@ -289,3 +286,129 @@ def test_a_call_for_the_wrong_flavor_is_found() -> None:
     assert unguarded(f"def f(config):\n    {line}\n") == ["set_compute_capability"]
     assert unguarded(f"def f(config):\n    if flavor == RTX:\n        {line}\n") == []
     assert unguarded(f"if flavor == RTX:\n    pass\nelse:\n    {line}\n") == ["set_compute_capability"]
+
+
+# --- the runtime ----------------------------------------------------------------------------------------
+
+OF_RUNTIME = {
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "self.engine": "ICudaEngine",
+    "self._plan.engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "self._context": "IExecutionContext",
+    "runtime_config": "IRuntimeConfig",
+    "engine.create_runtime_config()": "IRuntimeConfig",
+    "self.cache": "IRuntimeCache",
+    "refitter": "Refitter",
+}
+"""What an expression is in the modules of runtime/tensorrt."""
+
+
+def runtime_sources() -> dict[str, str]:
+    """But the lists themselves."""
+    paths = (ROOT / "runtime" / "tensorrt").glob("*.py")
+    return {path.name: path.read_text() for path in paths if path.name != "api.py"}
+
+
+def used_of_tensorrt(texts: dict[str, str]) -> set[str]:
+    """Classes, class.member and enum.member of the installed TensorRT-RTX that the source names."""
+    enums = runtime_api.TENSORRT_ENUMS
+    found: set[str] = set()
+    for text in texts.values():
+        found |= {name.partition(".")[0] for name in module_names(text)}
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+        for node in nodes:
+            owner = OF_RUNTIME.get(ast.unparse(node.value))
+            if owner and hasattr(getattr(trt, owner), node.attr):
+                found.add(f"{owner}.{node.attr}")
+        capitals = {node.attr for node in nodes if node.attr.isupper()} | words(text)
+        found |= {
+            f"{enum}.{word}" for enum in enums for word in capitals if hasattr(getattr(trt, enum), word)
+        }
+        found |= {f"ILogger.{name}" for name in methods(text) & {"log"}}
+    return found
+
+
+def listed_of_tensorrt() -> set[str]:
+    both = {**runtime_api.TENSORRT, **runtime_api.TENSORRT_ENUMS}
+    return {f"{name}.{member}" for name, members in both.items() for member in members} | set(both)
+
+
+UNNAMED = {"ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache"}
+"""Classes that TensorRT makes: their names stand nowhere in the source."""
+
+
+def test_what_the_runtime_uses_is_what_is_listed() -> None:
+    texts = runtime_sources()
+    assert {"backend.py", "contexts.py", "cuda.py", "plan.py", "refit.py"} <= set(texts)
+    assert used_of_tensorrt(texts) | UNNAMED == listed_of_tensorrt()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("trt.OnnxParser(network)", {"OnnxParser"}),
+        ("self.engine.serialize()", {"ICudaEngine.serialize"}),
+        ("context.execute_v2([])", {"IExecutionContext.execute_v2"}),
+        ("runtime_config.get_runtime_cache()", {"IRuntimeConfig.get_runtime_cache"}),
+        ("strategies.STATIC", {"ExecutionContextAllocationStrategy.STATIC"}),
+        ("kernels.NONE", {"DynamicShapesKernelSpecializationStrategy.NONE", "TensorIOMode.NONE"}),
+    ],
+)
+def test_a_use_in_the_runtime_that_is_not_listed_is_found(line: str, found: set[str]) -> None:
+    texts = {**runtime_sources(), "new.py": f"def new():\n    {line}\n"}
+    assert used_of_tensorrt(texts) - listed_of_tensorrt() == found
+
+
+def test_what_the_runtime_no_longer_uses_is_found() -> None:
+    texts = runtime_sources()
+    del texts["refit.py"]
+    assert listed_of_tensorrt() - used_of_tensorrt(texts) - UNNAMED == {
+        "ICudaEngine.refittable",
+        "Refitter",
+        "Refitter.get_missing_weights",
+        "Refitter.refit_cuda_engine",
+        "Refitter.set_named_weights",
+        "Weights",
+    }
+
+
+def cuda_words(texts: dict[str, str]) -> set[str]:
+    """Every name of the CUDA runtime, as an attribute or as a text."""
+    trees = [ast.parse(text) for text in texts.values()]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
+    return {name for name in named if re.fullmatch(r"cuda[A-Z]\w+", name)}
+
+
+def test_what_the_runtime_uses_of_cuda_is_what_is_listed() -> None:
+    enums = runtime_api.CUDART_ENUMS
+    listed_names = {*runtime_api.CUDART, *enums, *(m for members in enums.values() for m in members)}
+    assert cuda_words(runtime_sources()) == listed_names
+    assert "cudaDeviceReset" in cuda_words({"new.py": "api.cudaDeviceReset()"})
+
+
+def test_every_name_that_the_runtime_uses_is_installed() -> None:
+    cudart = import_module("cuda.bindings.runtime")
+    assert missing(trt, {**runtime_api.TENSORRT, **runtime_api.TENSORRT_ENUMS}) == set()
+    assert missing(cudart, dict.fromkeys(runtime_api.CUDART, ()) | runtime_api.CUDART_ENUMS) == set()
+
+
+def test_what_the_runtime_has_for_rtx_only_is_what_full_tensorrt_lacks() -> None:
+    everything = {**runtime_api.TENSORRT, **runtime_api.TENSORRT_ENUMS}
+    assert missing(lean(), everything) == runtime_api.RTX_ONLY
+    only = {name.split(".")[-1] for name in runtime_api.RTX_ONLY} - {"IRuntimeCache", "create_runtime_cache"}
+    tree = ast.parse(runtime_sources()["contexts.py"])
+    branches = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "RTX" in ast.unparse(n.test)]
+    guarded = {id(inner) for branch in branches for part in branch.body for inner in ast.walk(part)}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in only]
+    assert len(uses) >= 5 and all(id(use) in guarded for use in uses)
+
+
+@pytest.mark.parametrize("name", sorted(runtime_api.SIGNATURES))
+def test_signatures_that_the_runtime_relies_on_are_those_installed(name: str) -> None:
+    assert runtime_api.SIGNATURES[name] in signatures(trt, name)
+    if not {name, name.partition(".")[0]} & runtime_api.RTX_ONLY:
+        assert runtime_api.SIGNATURES[name] in signatures(lean(), name)

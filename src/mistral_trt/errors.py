@@ -11,7 +11,11 @@ MistralTrtError
 ├── BuildError             TensorRT refused, or built something that must not be used
 ├── EngineMismatchError    an artifact that does not fit this machine or this backend
 ├── GenerationError        a request that cannot be served as asked
-│   └── NonFiniteLogitsError   a step produced NaN or infinity; the request is ended
+│   ├── NonFiniteLogitsError   a step produced NaN or infinity; the request is ended
+│   ├── QueueFullError         more requests wait for a row than the engine's queue holds
+│   ├── EngineClosedError      the engine was closed, or can no longer run
+│   └── SessionError           a session whose ring is gone, or a file of one that cannot be restored
+├── BackendError           what runs the graph failed; the requests of that step are ended
 ├── ValidationError        a validation that could not be run (a failed gate is not an error)
 └── MissingDependencyError an optional package that this command needs
 
@@ -78,6 +82,26 @@ class NonFiniteLogitsError(GenerationError):
         )
         self.rows = rows
         self.healthy = healthy
+
+
+class QueueFullError(GenerationError):
+    pass
+
+
+class EngineClosedError(GenerationError):
+    pass
+
+
+class SessionError(GenerationError):
+    pass
+
+
+class BackendError(MistralTrtError):
+    """fatal: the backend cannot run again, as after a CUDA error that sticks to its context."""
+
+    def __init__(self, message: str, *, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
 
 
 class ValidationError(MistralTrtError):
