@@ -18,6 +18,7 @@ from mistral_trt.engines.builder.callbacks import (
     only_build,
 )
 from mistral_trt.engines.builder.compiled import compiled_summary
+from mistral_trt.engines.builder.heap import keeping_heap
 from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.network.blame import blame
 from mistral_trt.engines.network.parse import ParsedNetwork, add_profiles, one_line, parse_network
@@ -80,7 +81,8 @@ def build_plan(
             require_clean(built, log, sink)
             return parsed
 
-        parsed = interruptible(work, cancel)
+        with keeping_heap():
+            parsed = interruptible(work, cancel)
         phases.finish()
     details = {
         "network_layers": dict(parsed.layers),
