@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -81,7 +82,8 @@ def build_plan(
             require_clean(built, log, sink)
             return parsed
 
-        with keeping_heap():
+        # Weights inside are copied in pieces of every size: kept blocks then add to the peak.
+        with nullcontext() if external is None else keeping_heap():
             parsed = interruptible(work, cancel)
         phases.finish()
     details = {
