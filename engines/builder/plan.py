@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -18,6 +19,7 @@ from mistral_trt.engines.builder.callbacks import (
     only_build,
 )
 from mistral_trt.engines.builder.compiled import compiled_summary
+from mistral_trt.engines.builder.heap import keeping_heap
 from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.network.blame import blame
 from mistral_trt.engines.network.parse import ParsedNetwork, add_profiles, one_line, parse_network
@@ -80,7 +82,9 @@ def build_plan(
             require_clean(built, log, sink)
             return parsed
 
-        parsed = interruptible(work, cancel)
+        # Weights inside are copied in pieces of every size: kept blocks then add to the peak.
+        with nullcontext() if external is None else keeping_heap():
+            parsed = interruptible(work, cancel)
         phases.finish()
     details = {
         "network_layers": dict(parsed.layers),
