@@ -1,15 +1,17 @@
 """Pieces that the scheduler's thread delivers → an iterator for a thread or for an event loop."""
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.request import Delivery, Job, Piece
 from mistral_trt.runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Stream:
@@ -76,6 +78,8 @@ class LoopBuffer:
     """
 
     def __init__(self) -> None:
+        import asyncio  # here: a program without an event loop starts without it
+
         self._loop = asyncio.get_running_loop()
         self._items: deque[tuple[int, Delivery]] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -144,6 +148,8 @@ class AsyncStream:
     async def _next(self) -> Delivery:
         if self._prepare is not None:
             prepare, self._prepare = self._prepare, None
+            import asyncio
+
             job = await asyncio.to_thread(prepare)
             buffer = LoopBuffer()
             job.deliver = buffer.put
