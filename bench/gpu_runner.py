@@ -6,6 +6,7 @@ place. It stands in for `OnnxRuntimeBackend` behind a `RollingCache`.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,32 +16,28 @@ import ml_dtypes
 import numpy as np
 
 from mistral_trt.contract import GraphContract, TensorSpec
+from mistral_trt.engines.versions import install_command
 from mistral_trt.errors import EngineMismatchError, MissingDependencyError
 from mistral_trt.runtime.cache import Logits, RingArray, Step
+from mistral_trt.tensorrt_names import MODULES, TRT_DTYPES
 from mistral_trt.weight_index import RefitWeight, read_weight_index
 
 DECODE, PREFILL = 0, 1  # the optimization profiles, in the order of `contract.profiles()`
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_TRT_DTYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int8": "INT8",
-    "int4": "INT4",
-    "float8_e4m3fn": "FP8",
-}
 _ALIGNMENT = 256
 
 
 def load_gpu(module: str) -> tuple[Any, Any]:
     """The modules `trt` and `cudart`.  module: tensorrt or tensorrt_rtx. Raises MissingDependencyError."""
+    (flavor,) = (name for name, its_module in MODULES.items() if its_module == module)
+    commands = {module: install_command(flavor), "cuda.bindings.runtime": "pip install cuda-bindings"}
     found = []
-    for name, package in ((module, module.replace("_", "-")), ("cuda.bindings.runtime", "cuda-bindings")):
+    for name, command in commands.items():
         try:
             found.append(import_module(name))
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(f"{name} is not installed; run: pip install {package}") from error
+            raise MissingDependencyError(f"{name} is not installed; run: {command}") from error
     return found[0], found[1]
 
 
@@ -125,8 +122,11 @@ class EngineBackend:
         cuda("cudaStreamBeginCapture", cuda.stream, mode)
         try:
             self._execute(context)
-        finally:
-            graph = cuda("cudaStreamEndCapture", cuda.stream)
+        except BaseException:
+            with suppress(EngineMismatchError):  # what broke the capture is the error, not that it is broken
+                cuda("cudaGraphDestroy", cuda("cudaStreamEndCapture", cuda.stream))
+            raise
+        graph = cuda("cudaStreamEndCapture", cuda.stream)
         instance = cuda("cudaGraphInstantiate", graph, 0)
         cuda("cudaGraphDestroy", graph)
         return Captured(step.input_ids.shape[0], instance)
@@ -145,7 +145,7 @@ class EngineBackend:
     def read_row(self, row: int) -> tuple[RingArray, ...]:
         rings = []
         for spec, address in zip(self.contract.past(), self._rings, strict=True):
-            ring = np.empty(spec.shape[1:], _dtype(spec))
+            ring = np.empty([int(dim) for dim in spec.shape[1:]], _dtype(spec))
             self._cuda.download(ring, address + row * ring.nbytes)
             rings.append(ring)
         return tuple(rings)
@@ -266,7 +266,7 @@ def refit(trt: Any, engine: Any, logger: Any, folder: Path) -> None:
 
 
 def _as_weights(trt: Any, weight: RefitWeight, file: np.ndarray) -> Any:
-    dtype = getattr(trt.DataType, _TRT_DTYPES[weight.dtype])
+    dtype = getattr(trt.DataType, TRT_DTYPES[weight.dtype])
     return trt.Weights(dtype, file.ctypes.data + weight.offset, weight.count)
 
 

@@ -114,7 +114,7 @@ class SimulatedCuda:
 
     def cudaStreamEndCapture(self, stream: Stream) -> tuple[Any, ...]:
         recorded, stream.capture = stream.capture, None
-        return OK, recorded
+        return (OK, recorded) if recorded else (INVALID, None)  # as CUDA gives none of a capture that failed
 
     def cudaGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[Any, ...]:
         self.graphs.append(graph)

@@ -11,7 +11,7 @@ takes them back.
 
 from dataclasses import dataclass
 
-EMBEDDED, EXTERNAL = "embedded", "external"
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 
 @dataclass(frozen=True)
