@@ -165,10 +165,15 @@ def judge(points: Sequence[Point], fitted: Sequence[int], shipped: Shipped | Non
     constants = fit([point for point in points if point.layers in fitted])
     rows = [row(point, constants, deep=point.layers not in fitted, shipped=in_use) for point in points]
     return {
-        "constants": {f"{precision} {weights}": vars(c) for (precision, weights), c in constants.items()},
+        "constants": {f"{precision} {weights}": to_json(c) for (precision, weights), c in constants.items()},
         "builds": rows,
         "failures": [f"{name_of(found)}: {why}" for found in rows for why in found["failures"]],
     }
+
+
+def to_json(line: BuildMemory) -> dict[str, float]:
+    """Its own constants, without those of the line it is never below."""
+    return {name: value for name, value in vars(line).items() if name != "least"}
 
 
 def row(point: Point, constants: Constants, *, deep: bool, shipped: Shipped) -> dict[str, Any]:
@@ -240,10 +245,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def constant_line(name: str, c: dict[str, Any]) -> str:
-    """("fp16", EMBEDDED): BuildMemory(1_000_000_000, 5_000_000, 0.0, 1.9),"""
-    precision, weights = name.split()
+    """fp16 embedded: BuildMemory(-200_000_000, 0, 0.000, 1.674)"""
     numbers = f"{c['base_bytes']:_}, {c['layer_bytes']:_}, {c['quantized_factor']:.3f}, {c['factor']:.3f}"
-    return f'("{precision}", {weights.upper()}): BuildMemory({numbers}),'
+    return f"{name}: BuildMemory({numbers})"
 
 
 def name_of(found: dict[str, Any]) -> str:

@@ -1,29 +1,24 @@
 """Builds that were measured → the constants of engines/planning/build_memory.py.
 
-Two depths of one model determine two constants of each series, so each series has two that are free, and
-takes the rest from the series that measures it alone:
+Two depths of one model determine two constants of each series:
 
 external            base and bytes a layer: no weights are read, so nothing else can be the cause
-embedded            the external line of its precision, because the graph and the builder are the same; and
-    quantized       a factor for codes and scales and one for the other weights. With depth only codes grow:
-                    the slope gives the first, and what is left at no layers, embedding and head, the second
-    fp16            a factor for weights, from the slope, and a constant, from what is left
+embedded            the factor of what grows with depth, and the base, which is what is left. In fp16 all
+                    weights have that factor; in quantized precisions codes and scales do, and the others,
+                    embedding and head, are counted once: they are carried into the plan as they are
 
-Every constant but the base multiplies something that a model's width changes too, and none may be negative: a
-line that has to be drawn through zero is fitted again with the other constant alone.
+No factor may be negative: a line that falls with depth is fitted again through its points' mean, flat.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from mistral_trt.engines.planning.build_memory import BuildMemory
 from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 Constants = dict[tuple[str, str], BuildMemory]
-Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -76,34 +71,28 @@ def fit(points: Sequence[Point]) -> Constants:
 
 
 def fit_external(points: Sequence[Point]) -> BuildMemory:
-    columns = np.array([[1.0, point.layers] for point in points])
-    base, layer = positive_least_squares(columns, np.array([point.peak_bytes for point in points], float))
-    return BuildMemory(round(base), round(layer), 0.0, 0.0)
+    layer, base = fit_line([point.layers for point in points], [point.peak_bytes or 0 for point in points])
+    return BuildMemory(round(base), round(layer))
 
 
 def fit_embedded(points: Sequence[Point], external: BuildMemory) -> BuildMemory:
-    """external: what the same builds take without their weights."""
-    over = [(point.peak_bytes or 0) - predicted(external, point) for point in points]
-    if any(point.quantized_bytes for point in points):
-        columns = np.array([[float(point.quantized_bytes), point.other_bytes] for point in points])
-        quantized, other = positive_least_squares(columns, np.array(over, float))
-        return BuildMemory(external.base_bytes, external.layer_bytes, quantized, other)
-    columns = np.array([[float(point.other_bytes), 1.0] for point in points])
-    factor, base = positive_least_squares(columns, np.array(over, float))
-    return BuildMemory(external.base_bytes + round(base), external.layer_bytes, 0.0, factor)
+    """external: what the same builds take without their weights, and the least they take with them."""
+    peaks = [point.peak_bytes or 0 for point in points]
+    if not any(point.quantized_bytes for point in points):
+        factor, base = fit_line([point.other_bytes for point in points], peaks)
+        return BuildMemory(round(base), 0, 0.0, factor, external)
+    rest = [peak - point.other_bytes for peak, point in zip(peaks, points, strict=True)]
+    factor, base = fit_line([point.quantized_bytes for point in points], rest)
+    return BuildMemory(round(base), 0, factor, 1.0, external)
 
 
-def positive_least_squares(columns: Matrix, values: Matrix) -> tuple[float, float]:
-    """The two coefficients, neither negative, of [n, 2] columns that come nearest to [n] values.
+def fit_line(places: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Slope and constant of the line nearest to the values; the slope is not negative.
 
-    One point cannot tell two constants apart: then the first column alone is fitted.
+    One place cannot tell two constants apart: then the slope alone, from zero.
     """
-    alone = [max(0.0, float(column @ values / (column @ column))) for column in columns.T]
-    candidates = [(alone[0], 0.0)]
-    if len(values) > 1:
-        scale = np.abs(columns).max(axis=0)
-        both = np.linalg.lstsq(columns / scale, values, rcond=None)[0] / scale
-        candidates += [(0.0, alone[1])]
-        if (both >= 0).all():
-            candidates = [(float(both[0]), float(both[1]))]
-    return min(candidates, key=lambda pair: float(np.square(columns @ np.array(pair) - values).sum()))
+    x, y = np.array(places, float), np.array(values, float)
+    if len(set(places)) == 1:
+        return max(0.0, float(x @ y / (x @ x))), 0.0
+    slope = max(0.0, float(np.cov(x, y, bias=True)[0, 1] / x.var()))
+    return slope, float(y.mean() - slope * x.mean())

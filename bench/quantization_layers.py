@@ -45,15 +45,19 @@ class LayerGraph:
 
         hidden: float32 [1, S, hidden_size], rounded to the graph's dtype first.  Returns the same shape.
         """
+        out = self.run(hidden)[0]
+        result: np.ndarray = out.astype(np.float32) - hidden.astype(out.dtype).astype(np.float32)
+        return result
+
+    def run(self, hidden: np.ndarray, more: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        """Every output of the graph for the same.  more: for the inputs after the rings."""
         dtype = self.model.graph.inputs[0].dtype
         assert dtype is not None
-        fed = hidden.astype(dtype.numpy())
         ring = np.zeros((1, *self.ring_shape), dtype.numpy())
-        arrays = (fed, np.arange(hidden.shape[1])[None], ring, ring)
+        arrays = (hidden.astype(dtype.numpy()), np.arange(hidden.shape[1])[None], ring, ring, *more)
         names = [str(value.name) for value in self.model.graph.inputs]
-        out = self._session().run(None, dict(zip(names, arrays, strict=True)))[0]
-        result: np.ndarray = out.astype(np.float32) - fed.astype(np.float32)
-        return result
+        outputs: list[np.ndarray] = self._session().run(None, dict(zip(names, arrays, strict=True)))
+        return outputs
 
     def _session(self) -> ort.InferenceSession:
         options = ort.SessionOptions()

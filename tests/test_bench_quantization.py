@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ NAMES = (
     "modelopt",
     "reading",
     "layers",
+    "activations",
     "equality",
     "quality",
     "decode",
@@ -137,6 +140,20 @@ def test_free_running_is_judged_by_its_floor_where_activations_are_quantized(ben
     assert failing == ["int4: free-running KL, 64 positions"]
 
 
+def test_the_twin_given_modelopts_codes_is_the_one_that_is_judged(bench: Any) -> None:
+    """Where activations have codes, the twin's own may round ties otherwise: they are counted."""
+    found = {
+        "codes": 10, "codes_different": 0, "constants": 5, "constants_off": [], "layer_error": 0.01,
+        "layer_floor": 1e-4, "twin_error": 0.006, "positions": 64, "kl": 0.003, "kl_floor": 0.0011,
+        "kl_onnxruntime": 0.003, "scale_off_by_1_percent": dict.fromkeys(bench["equality"].KINDS, 0.007),
+        "coded_error": 1e-6, "activation_codes": 100_000, "activation_codes_different": 10,
+    }  # fmt: skip
+    checks_of = bench["equality"].checks_of
+    assert all(check.holds for check in checks_of("fp8", found))
+    for name, value in (("coded_error", 5e-3), ("activation_codes_different", 11)):
+        assert sum(not check.holds for check in checks_of("fp8", {**found, name: value})) == 1
+
+
 # ---------------------------------------------------------------- errors and roundings
 
 
@@ -237,6 +254,65 @@ def test_a_layer_cut_out_of_an_artifact_is_the_models_layer(
         assert layers.update_error(mutant, entered, left) > 1e-3
         off = layers.constants_off(layer, {**constants, name: [1.01 * constants[name][0]]})
         assert off == [name]
+
+
+TWO_LINEARS = """<ir_version: 11, opset_import: ["": 24]>
+layer (float[1, S, 8] hidden, int64[1, S] position_ids, float[1, 1, 4, 2] key, float[1, 1, 4, 2] value)
+    => (float[1, S, 8] out)
+    <float first_scale = {0.02}, float second_scale = {0.05}, int8 zero = {0}> {
+    q1 = QuantizeLinear (hidden, first_scale, zero)
+    d1 = DequantizeLinear (q1, first_scale, zero)
+    middle = MatMul (d1, first)
+    q2 = QuantizeLinear (middle, second_scale, zero)
+    d2 = DequantizeLinear (q2, second_scale, zero)
+    added = MatMul (d2, second)
+    out = Add (hidden, added)
+}"""
+
+
+@pytest.fixture
+def coded_layer(bench: Any) -> Any:
+    """coded_layer(weight_scale=1.0, step=1.0) -> two INT8 linears, first and second, one after the other."""
+
+    def make(weight_scale: float = 1.0, step: float = 1.0) -> Any:
+        rng = np.random.default_rng(0)
+        weights = [rng.normal(size=64).astype(np.float32) * np.float32(weight_scale) for _ in range(2)]
+        first, second = (", ".join(str(number) for number in array) for array in weights)
+        constants = f"<float[8, 8] first = {{{first}}}, float[8, 8] second = {{{second}}}, float first_scale"
+        text = TWO_LINEARS.replace("<float first_scale", constants).replace("0.05", str(0.05 * step))
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+        for node in model.graph:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                linear = "first" if str(node.outputs[0].name).endswith("1") else "second"
+                node.name = f"{linear}.input/{node.op_type}"
+        return bench["layers"].LayerGraph(model, 0)
+
+    return make
+
+
+def test_given_codes_show_every_fault_and_no_tie(bench: Any, coded_layer: Any) -> None:
+    activations = bench["activations"]
+    layer, hidden = coded_layer(), np.random.default_rng(1).normal(size=(1, 30, 8)).astype(np.float32)
+    opened = layer.model.clone()
+    assert activations.feed_activations(opened.graph) == ["first", "second"]
+    assert [value.name for value in opened.graph.inputs][4:] == ["first.given", "second.given"]
+
+    codes = np.clip(np.rint(hidden / np.float32(0.02)), -128, 127) * np.float32(0.02)
+    middle = codes @ layer.model.graph.initializers["first"].const_value.numpy()
+    second = np.clip(np.rint(middle / np.float32(0.05)), -128, 127) * np.float32(0.05)
+    second[0, 3, 2] += np.float32(0.05)  # as if ModelOpt had rounded a tie the other way
+    given = {
+        "first": activations.Activation(hidden, codes),
+        "second": activations.Activation(middle, second),
+    }
+    left = hidden + second @ layer.model.graph.initializers["second"].const_value.numpy()
+    passed = (torch.from_numpy(hidden), torch.from_numpy(left))
+
+    found = activations.coded_error(layer, passed, given)
+    assert found.worst < 1e-6 and (found.flips, found.codes) == (1, 480)
+    assert bench["layers"].update_error(layer, *passed) > 1e-4, "the tie is all that the free layer shows"
+    assert activations.coded_error(coded_layer(weight_scale=1.01), passed, given).worst > 5e-3
+    assert activations.coded_error(coded_layer(step=1.01), passed, given).flips > 20
 
 
 def test_reading_an_artifact_is_reading_the_model(

@@ -275,15 +275,14 @@ def test_every_precision_has_its_line() -> None:
     assert build_memory("fp8", EXTERNAL) is BUILD_MEMORY["int8", EXTERNAL]
 
 
-def own_bytes(precision: str, weights: str = EMBEDDED) -> int:
-    return build_memory(precision, weights).peak_bytes(32, quantized_bytes=0, other_bytes=0)
-
-
 def test_what_the_memory_of_a_build_is_made_of() -> None:
-    constants = build_memory("fp16", EMBEDDED)
-    expected = own_bytes("fp16") + int(constants.factor * FLOAT_BYTES)
+    inside, outside = (build_memory("fp16", weights) for weights in (EMBEDDED, EXTERNAL))
+    expected = inside.base_bytes + inside.factor * FLOAT_BYTES
     assert budget_7b().build_memory_bytes == pytest.approx(expected, abs=1)
-    assert budget_7b(weights=EXTERNAL).build_memory_bytes == own_bytes("fp16", EXTERNAL)
+    alone = outside.base_bytes + 32 * outside.layer_bytes
+    assert budget_7b(weights=EXTERNAL).build_memory_bytes == alone
+    small = predict(contract_7b("fp16"), GB // 10, quantized_bytes=0)
+    assert small.build_memory_bytes == alone, "no less than the same graph takes without its weights"
 
 
 def gb(amount: int) -> str:
@@ -291,12 +290,13 @@ def gb(amount: int) -> str:
 
 
 def test_too_little_memory_for_the_build_names_external_weights() -> None:
-    budget, factor = budget_7b(), build_memory("fp16", EMBEDDED).factor
+    budget, constants = budget_7b(), build_memory("fp16", EMBEDDED)
     settle(budget, "a10g", Host(budget.build_memory_bytes, budget.plan_bytes), EMBEDDED)
     assert refusal(budget, "a10g", Host(20 * GB, 100 * GB), EMBEDDED) == (
-        f"predicted: the build needs {gb(budget.build_memory_bytes)} of memory ({factor:g} x 14.48 GB "
-        f"weights + {gb(own_bytes('fp16'))}), and 20.00 GB is available; use --weights external, which needs "
-        f"{gb(own_bytes('fp16', EXTERNAL))} of memory, or export with --precision int8"
+        f"predicted: the build needs {gb(budget.build_memory_bytes)} of memory ({constants.factor:g} x "
+        f"14.48 GB weights - {gb(-constants.base_bytes)}), and 20.00 GB is available; use "
+        f"--weights external, which needs {gb(budget_7b(weights=EXTERNAL).build_memory_bytes)} of memory, or "
+        "export with --precision int8"
     )
 
 
@@ -313,11 +313,12 @@ def test_what_is_quantized_and_what_is_not_count_with_their_own_factors(precisio
     budget = predict(contract_7b(precision), 4_500_000_000, quantized_bytes=4_000_000_000)
     constants = build_memory(precision, EMBEDDED)
     weights = constants.quantized_factor * 4e9 + constants.factor * 0.5e9
-    assert budget.build_memory_bytes == pytest.approx(own_bytes(precision) + weights, abs=1)
+    assert budget.build_memory_bytes == pytest.approx(constants.base_bytes + weights, abs=1)
+    sign = "-" if constants.base_bytes < 0 else r"\+"
     assert budget.plan_bytes == 4_540_000_000
     message = (
         rf"\({constants.quantized_factor:g} x 4.00 GB quantized \+ {constants.factor:g} x 0.50 GB other "
-        rf"weights \+ {gb(own_bytes(precision))}\), and 0.30 GB"
+        rf"weights {sign} {gb(abs(constants.base_bytes))}\), and 0.30 GB"
     )
     assert re.search(message, refusal(budget, "l4", Host(3 * GB // 10, 100 * GB), EMBEDDED))
 
@@ -336,9 +337,10 @@ def test_the_disk_of_an_engine_with_its_weights_outside() -> None:
 
 
 def test_too_little_disk_for_the_plan() -> None:
+    outside = gb(budget_7b(weights=EXTERNAL).build_memory_bytes)
     assert refusal(budget_7b(), "a10g", Host(100 * GB, 3 * GB), EMBEDDED) == (
         "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free; free some or choose another --out "
-        f"than out, or use --weights external, which needs {gb(own_bytes('fp16', EXTERNAL))} of memory"
+        f"than out, or use --weights external, which needs {outside} of memory"
     )
     assert refusal(budget_7b(), "a10g", Host(100 * GB, GB // 20), EMBEDDED).endswith("another --out than out")
 

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,6 +20,7 @@ from mistral_trt.engines.builder.callbacks import (
     only_build,
 )
 from mistral_trt.engines.builder.compiled import compiled_summary
+from mistral_trt.engines.builder.heap import keeping_heap
 from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.network.blame import blame
 from mistral_trt.engines.network.parse import ParsedNetwork, add_profiles, one_line, parse_network
@@ -85,7 +86,9 @@ def build_plan(
             require_clean(built, log, sink)
             return parsed
 
-        parsed = interruptible(work, cancel)
+        # Weights inside are copied in pieces of every size: kept blocks then add to the peak.
+        with nullcontext() if external is None else keeping_heap():
+            parsed = interruptible(work, cancel)
         phases.finish()
     details = {
         "network_layers": dict(parsed.layers),

@@ -133,16 +133,17 @@ def usable_bytes(gpu: GpuTarget) -> int:
 
 
 def build_parts(budget: Budget) -> str:
-    """1.6 x 6.98 GB quantized + 1.9 x 0.52 GB other weights + 1.16 GB"""
+    """1.72 x 6.98 GB quantized + 1 x 0.52 GB other weights + 0.15 GB"""
     constants, other = budget.build_constants, budget.weights_bytes - budget.quantized_bytes
     layers = budget.contract.config.num_hidden_layers
-    own = gigabytes(constants.base_bytes + constants.layer_bytes * layers)
     if budget.weights == EXTERNAL:
-        return f"{own} for {layers} layers without their weights"
+        return f"{gigabytes(budget.build_memory_bytes)} for {layers} layers without their weights"
+    sign = "+" if constants.base_bytes >= 0 else "-"
+    own = f"{sign} {gigabytes(abs(constants.base_bytes))}"
     if not budget.quantized_bytes:
-        return f"{constants.factor:g} x {gigabytes(other)} weights + {own}"
+        return f"{constants.factor:g} x {gigabytes(other)} weights {own}"
     quantized = f"{constants.quantized_factor:g} x {gigabytes(budget.quantized_bytes)} quantized"
-    return f"{quantized} + {constants.factor:g} x {gigabytes(other)} other weights + {own}"
+    return f"{quantized} + {constants.factor:g} x {gigabytes(other)} other weights {own}"
 
 
 def check_plan(budget: Budget, plan_bytes: int) -> None:

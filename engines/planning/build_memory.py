@@ -1,12 +1,14 @@
 """Layers and bytes of weights → the peak of anonymous memory that a build takes, predicted.
 
-    peak = base + per_layer * L + quantized_factor * quantized_bytes + factor * other_bytes
+    external    base + per_layer * L
+    embedded    base + quantized_factor * quantized_bytes + factor * other_bytes,
+                and no less than the external build of the same graph
 
-An external build reads no weights, so its two factors are 0 and what is left is what the builder, its
-libraries and the graph of L layers take. An embedded build takes the same for the same graph, and then holds
-weights, of which it makes copies: hence factors, not constants, and one for codes and scales and one for all
-other weights, because each kind is laid out in its own way. File-backed pages are not counted: the kernel
-takes them back.
+An external build reads no weights: what it takes is the builder, its libraries and the kernels of L layers.
+An embedded build peaks later, where the weights are laid out and written, and what the kernels took is free
+again: hence the larger of the two and not their sum, and a base that may be negative. Its factors count
+copies of weights, one for codes and scales and one for the others, as each kind is laid out in its own way.
+File-backed pages are not counted: the kernel takes them back.
 """
 
 from dataclasses import dataclass
@@ -16,35 +18,42 @@ from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 @dataclass(frozen=True)
 class BuildMemory:
-    """The constants of one line of the table.  base_bytes and layer_bytes: what no weight is to blame for.
+    """The constants of one line of the table.
 
-    quantized_factor: of codes and scales.  factor: of the other weights.
+    quantized_factor: of codes and scales.  factor: of the other weights.  least: what it is never below.
     """
 
     base_bytes: int
-    layer_bytes: int
-    quantized_factor: float
-    factor: float
+    layer_bytes: int = 0
+    quantized_factor: float = 0.0
+    factor: float = 0.0
+    least: "BuildMemory | None" = None
 
     def peak_bytes(self, layers: int, *, quantized_bytes: int, other_bytes: int) -> int:
         weights = self.quantized_factor * quantized_bytes + self.factor * other_bytes
-        return int(self.base_bytes + self.layer_bytes * layers + weights)
+        peak = int(self.base_bytes + self.layer_bytes * layers + weights)
+        if self.least is None:
+            return peak
+        least = self.least.peak_bytes(layers, quantized_bytes=quantized_bytes, other_bytes=other_bytes)
+        return max(peak, least)
 
 
-BUILD_MEMORY = {
-    ("fp16", EMBEDDED): BuildMemory(1_000_000_000, 10_000_000, 0.0, 1.9),
-    ("fp16", EXTERNAL): BuildMemory(1_000_000_000, 10_000_000, 0.0, 0.0),
-    ("int8", EMBEDDED): BuildMemory(1_000_000_000, 10_000_000, 1.6, 1.9),
-    ("int8", EXTERNAL): BuildMemory(1_000_000_000, 10_000_000, 0.0, 0.0),
-    ("int4", EMBEDDED): BuildMemory(1_000_000_000, 10_000_000, 1.9, 1.9),
-    ("int4", EXTERNAL): BuildMemory(1_000_000_000, 10_000_000, 0.0, 0.0),
+_EXTERNAL = {
+    "fp16": BuildMemory(946_000_000, 10_600_000),
+    "int8": BuildMemory(940_000_000, 15_800_000),
+    "int4": BuildMemory(952_000_000, 9_690_000),
 }
-"""(precision, where the weights are) → its line: round numbers from builds of 1 to 32 layers of a 7B.
-
-bench/build.py measures these builds and fits the constants to those of 4 and 8 layers; deeper ones are what
-it judges them by. Only its builds of 32 layers in int8 and int4 have been run yet (bench/results/build.json),
-and int4's embedded factor was set from one of them: the table holds no independent forecast of that build.
-"""
+_EMBEDDED = {
+    "fp16": BuildMemory(-200_000_000, 0, 0.0, 1.675, _EXTERNAL["fp16"]),
+    "int8": BuildMemory(155_000_000, 0, 1.72, 1.0, _EXTERNAL["int8"]),
+    "int4": BuildMemory(-43_000_000, 0, 2.526, 1.0, _EXTERNAL["int4"]),
+}
+BUILD_MEMORY = {
+    **{(precision, EXTERNAL): line for precision, line in _EXTERNAL.items()},
+    **{(precision, EMBEDDED): line for precision, line in _EMBEDDED.items()},
+}
+"""(precision, where the weights are) → its line, fitted by bench/build.py to builds of 4 and 8 layers of a 7B
+and judged there by builds of 16 and 32 layers (bench/results/build.json)."""
 
 _COUNTS_AS = {"fp32": "fp16", "bf16": "fp16", "int8-weight-only": "int8", "fp8": "int8"}
 # Of fp8: chains of 2 to 32 linears of a 7B build with the same peak as int8's.
