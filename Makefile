@@ -50,10 +50,18 @@ comma := ,
 
 override GPU := $(shell printf '%s' '$(GPU)' | tr 'A-Z' 'a-z')
 
+PYTHON_OR_WHY = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version); set PYTHON=…" >&2; exit 1; }
+
+# The catalogue's keys are what folders are named by; its other names are looked up: GPU="rtx 4090,NVIDIA L4".
 ifneq ($(filter engine gpu-acceptance,$(MAKECMDGOALS)),)
-  UNKNOWN := $(filter-out $(GPUS),$(subst $(comma), ,$(GPU)))
-  ifneq ($(if $(strip $(GPU)),$(UNKNOWN),none),)
-    $(error unknown GPU '$(or $(UNKNOWN),$(GPU))'; known: $(GPUS))
+  OTHER := $(filter-out $(GPUS),$(subst $(comma), ,$(GPU))) $(filter $(comma)% %$(comma),$(GPU))
+  ifneq ($(if $(strip $(GPU)),$(strip $(OTHER)),none),)
+    FOUND := $(shell { $(PYTHON_OR_WHY); PYTHONPATH=src $(PYTHON) engines/gpu.py '$(GPU)'; } 2>&1)
+    ifneq ($(.SHELLSTATUS),0)
+      $(error $(FOUND))
+    endif
+    override GPU := $(FOUND)
   endif
 endif
 ifeq ($(strip $(MODEL)),)
@@ -154,8 +162,7 @@ demo-model: $(READY)
 # ---------------------------------------------------------------- the environment
 
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version); set PYTHON=…" >&2; exit 1; }
+	@$(PYTHON_OR_WHY)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -6,7 +6,9 @@ fitted to the shallow builds; the deep ones judge them. What the build itself re
 not run.
 
 Bounds: deep builds within 15 % of the prediction; external within 60 s and 2 GB; embedded int8 and int4
-within 20 GB. One ONNX folder exists at a time. Run it on a quiet machine with 30 GB of disk free.
+within 20 GB. What build_memory.py holds must foretell each deep build within 2 % of what the fitted constants
+do. One ONNX folder exists at a time; its figures are written before the next. Run it on a quiet machine with
+30 GB of disk free.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,40 +27,70 @@ from build_fit import Constants, Point, fit, predicted
 from build_models import CLI, PRECISIONS, onnx_folder
 from process import Measurement, machine, run_measured
 
-from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory, build_memory
+from mistral_trt.artifact import write_file
+from mistral_trt.engines.planning.build_memory import BuildMemory, build_memory
 from mistral_trt.manifest import read_manifest
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 8
 ERROR_MAX = 0.15
+SHIFT_MAX = 0.02
 EXTERNAL_SECONDS_MAX, EXTERNAL_BYTES_MAX = 60.0, 2e9
 EMBEDDED_BYTES_MAX = 20e9
 MODES = (EXTERNAL, EMBEDDED)
 
 Runner = Callable[..., Measurement]
+Shipped = Callable[[str, str], BuildMemory]
 
 
-def main() -> int:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.judge:
+        about, points = stored(args.out)
+    else:
+        about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "config": args.config}
+        points = build_all(args, about)
+    results = write(args, about, points)
+    print(table(results))
+    return 1 if results["failures"] else 0
+
+
+def build_all(args: argparse.Namespace, about: dict[str, Any]) -> list[Point]:
+    """Every build; what is measured is written after each folder, so that a run that is killed leaves it."""
     args.scratch.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     for layers in sorted(args.layers):
         for precision in args.precisions:
             points += measure(args, precision, layers)
-    results = judge(points, args.fit)
-    results = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "machine": machine(),
-        "config": args.config,
-        **results,
-    }
+            write(args, about, points)
+    return points
+
+
+def write(args: argparse.Namespace, about: dict[str, Any], points: Sequence[Point]) -> dict[str, Any]:
+    """Judge the points and put them, with what was found, into args.out."""
+    results = {**about, **judge(points, args.fit)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    print(table(results))
-    return 1 if results["failures"] else 0
+    write_file(args.out, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    return results
 
 
-def parse() -> argparse.Namespace:
+def stored(path: Path) -> tuple[dict[str, Any], list[Point]]:
+    """What a run said of itself, and its points."""
+    try:
+        results = json.loads(path.read_text())
+        points = [
+            Point(**{field.name: row[field.name] for field in fields(Point)}) for row in results["builds"]
+        ]
+        return {name: results[name] for name in ("date", "machine", "config")}, points
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(
+            f"--judge: expected the results of a run in {path}, found none ({type(error).__name__}: "
+            f"{error}); run: python bench/build.py --out {path}"
+        )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="mistral-7b-v0.1", metavar="NAME", help="of mistral-trt synth")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32], metavar="N")
@@ -71,8 +104,9 @@ def parse() -> argparse.Namespace:
         metavar="DIR",
         help="ONNX folders {precision}-{layers} to use where they are",
     )
+    parser.add_argument("--judge", action="store_true", help="build nothing: judge what --out holds anew")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/build.json", metavar="FILE")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace, precision: str, layers: int) -> list[Point]:
@@ -121,10 +155,15 @@ def cache_in(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- figures
 
 
-def judge(points: Sequence[Point], fitted: Sequence[int]) -> dict[str, Any]:
-    """Constants from the builds of the depths `fitted`, every build beside them, and what broke a bound."""
+def judge(points: Sequence[Point], fitted: Sequence[int], shipped: Shipped | None = None) -> dict[str, Any]:
+    """Constants from the builds of the depths `fitted`, every build beside them, and what broke a bound.
+
+    shipped: the constants in use, which must foretell the judged builds as the fitted ones do; None for those
+    of build_memory.py.
+    """
+    in_use = shipped or build_memory
     constants = fit([point for point in points if point.layers in fitted])
-    rows = [row(point, constants, deep=point.layers not in fitted) for point in points]
+    rows = [row(point, constants, deep=point.layers not in fitted, shipped=in_use) for point in points]
     return {
         "constants": {f"{precision} {weights}": to_json(c) for (precision, weights), c in constants.items()},
         "builds": rows,
@@ -137,13 +176,29 @@ def to_json(line: BuildMemory) -> dict[str, float]:
     return {name: value for name, value in vars(line).items() if name != "least"}
 
 
-def row(point: Point, constants: Constants, *, deep: bool) -> dict[str, Any]:
+def row(point: Point, constants: Constants, *, deep: bool, shipped: Shipped) -> dict[str, Any]:
     """One build as JSON.  deep: judged by the constants, not among what they were fitted to."""
-    known = point.series in constants
-    expected = predicted(constants[point.series] if known else build_memory(*point.series), point)
+    known, in_use = point.series in constants, predicted(shipped(*point.series), point)
+    expected = predicted(constants[point.series], point) if known else in_use
     error = None if point.peak_bytes is None else round(expected / point.peak_bytes - 1, 3)
-    found = {**vars(point), "predicted_bytes": expected, "error": error, "judged": deep and known}
-    return {**found, "failures": list(broken(found))}
+    found = {**vars(point), "predicted_bytes": expected, "shipped_bytes": in_use, "error": error}
+    found["judged"] = deep and known
+    return {**found, "failures": [*unfit(found, deep), *broken(found)]}
+
+
+def unfit(found: dict[str, Any], deep: bool) -> list[str]:
+    """What keeps a deep build from judging the constants in use."""
+    if not deep:
+        return []
+    if not found["judged"]:
+        return ["its series was not fitted, so nothing judges it; build the depths of --fit as well"]
+    expected, in_use = found["predicted_bytes"], found["shipped_bytes"]
+    if abs(in_use / expected - 1) <= SHIFT_MAX:
+        return []
+    return [
+        f"build_memory.py foretells {gb(in_use)} GB and the fitted constants {gb(expected)}; put those below "
+        "into it"
+    ]
 
 
 def broken(found: dict[str, Any]) -> list[str]:
@@ -173,13 +228,15 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for found in results["builds"]:
         refused = found["peak_bytes"] is None
+        fitted = f"{found['precision']} {found['weights']}" in results["constants"]
+        how = "" if found["judged"] else " (fitted)" if fitted else " (not judged)"
         cells = (
             f"{found['precision']} {found['weights']}",
             str(found["layers"]),
             str(found["seconds"]),
             "refused before it starts" if refused else gb(found["peak_bytes"]),
             gb(found["predicted_bytes"]),
-            "" if refused else f"{found['error'] + 0.0:+.1%}" + ("" if found["judged"] else " (fitted)"),
+            "" if refused else f"{found['error'] + 0.0:+.1%}{how}",
             "" if refused else f"{found['plan_bytes'] / 1e6:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")

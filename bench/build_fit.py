@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory
+from mistral_trt.engines.planning.build_memory import BuildMemory
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 Constants = dict[tuple[str, str], BuildMemory]
 

@@ -72,7 +72,8 @@ def write_stored_int4(raw: dict[str, Any], layers: int, folder: Path, seed: int 
     """A checkpoint of random codes in the shapes of `raw`, a config.json: a file for each layer."""
     config = ModelConfig.from_huggingface({**raw, "num_hidden_layers": layers})
     folder.mkdir(parents=True)
-    rng, weight_map = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in model_shapes(config).items():
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"

@@ -24,6 +24,7 @@ from mistral_trt.devices import Device
 from mistral_trt.engines.flavor import FULL, RTX, Flavor
 from mistral_trt.engines.gpu import GpuTarget, find_gpu
 from mistral_trt.engines.targets import group_targets
+from mistral_trt.engines.versions import install_command
 from mistral_trt.errors import MistralTrtError
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.device import local_device
@@ -98,7 +99,9 @@ def accept(
 
     modules: flavour → TensorRT and the CUDA runtime; the tests give a simulation.
     """
-    target = group_targets([find_gpu(job.gpu)], job.precision).smallest  # refuses what it cannot run
+    target = group_targets(
+        [find_gpu(job.gpu)], job.precision, RTX.name
+    ).smallest  # refuses what it cannot run
     job.out.mkdir(parents=True, exist_ok=True)
     device = find_device()
     steps = [run(StepResult("environment"), environment, target, device)]
@@ -176,7 +179,7 @@ def build(job: Job, target: GpuTarget, flavor: Flavor, engines: dict[str, Path])
     """Build with one flavour; a flavour that is not installed or not for this GPU is not run."""
     step = StepResult(f"build with {flavor.name}")
     if not flavor.installed:
-        step.status, step.log = NOT_RUN, [f"not installed; run: pip install {flavor.name}"]
+        step.status, step.log = NOT_RUN, [f"not installed; run: {install_command(flavor.name)}"]
         return step
     possible = command("gpus", "--check", target.key, "--precision", job.precision, "--flavor", flavor.name)
     if possible.returncode:

@@ -6,7 +6,7 @@ gates; only the backend is another.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from mistral_trt.devices import Device
+from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.planning.budget import predict
+from mistral_trt.engines.planning.roofline import decode_ceiling, prompt_seconds
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache, Step
@@ -29,7 +32,7 @@ from mistral_trt.validate.polygraphy_inputs import input_tokens
 from mistral_trt.validate.probes import Scenario, Tokens, play, scenarios
 from mistral_trt.validate.reference import load_model, require_memory, run_reference
 
-WARM_STEPS, TIMED_STEPS = 10, 50
+WARM_STEPS, TIMED_STEPS, TIMED_PROMPTS = 10, 50, 3
 
 
 @dataclass
@@ -189,28 +192,64 @@ def cuda_graph(bench: Bench) -> dict[str, Any]:
 
 
 def speed(bench: Bench) -> dict[str, Any]:
-    """Tokens/s of full rings at B = 1, 2, 4, …, and the time to the first token of a prompt as long as W."""
-    assert bench.backend is not None and bench.plain is not None
+    """Tokens/s of full rings, and the time to the first tokens, at B = 1, 2, 4, …, beside the rooflines."""
     contract, tokens = bench.manifest.contract, bench.tokens().ids
+    prompt = tokens[: min(contract.ring.sliding_window, len(tokens) - 1)]
     most = contract.max_batch_size
     batches = decode_batches(most)
-    cache = bench.cache()
-    prompt = tokens[: min(contract.ring.sliding_window, len(tokens) - 1)]
-    first: list[float] = []
-    for row in cache.acquire_rows(most):
-        started = time.perf_counter()
-        cache.append(row, prompt)
-        first.append(time.perf_counter() - started)
-    position = len(prompt)
-    figures: dict[str, Any] = {"prompt_tokens": position, "first_token_ms": round(1e3 * min(first), 2)}
+    measured = []
     for batch in batches:
-        step = _step([tokens[position]] * batch, [position] * batch)
-        for name, backend in (("", bench.plain), ("_graph", bench.backend)):
-            run = lambda step=step, backend=backend: backend.run(step)  # noqa: E731
-            figures[f"tokens_per_s_b{batch}{name}"] = _rate(run, batch)
-    details = bench.manifest.details
-    ceilings = details["predicted"].get("ceilings", {}).get(details["gpus"][0], {})
-    return {**figures, **_beside(ceilings, figures, most), "log": [_words(figures, batches, ceilings)]}
+        first, every = first_tokens(bench, prompt, batch)
+        rates = decode_rates(bench, tokens[len(prompt)], len(prompt), batch)
+        measured.append({"batch": batch, **rates, "first_token_ms": first, "every_first_token_ms": every})
+    found = [{**figures, **beside(bench.manifest, len(prompt), figures)} for figures in measured]
+    return {"prompt_tokens": len(prompt), "batches": found, "log": [_words(figures) for figures in found]}
+
+
+def first_tokens(bench: Bench, prompt: Sequence[int], batch: int) -> tuple[float, float]:
+    """Milliseconds from the arrival of `batch` equal prompts to the first row's logits and to the last's.
+
+    Prompts are taken one row after another, as the engine's prefill has one row; the median of several times.
+    """
+    times = []
+    for _ in range(1 + TIMED_PROMPTS):  # the first is not counted
+        cache = bench.cache()
+        rows, arrived = cache.acquire_rows(batch), time.perf_counter()
+        ends = []
+        for row in rows:
+            cache.append(row, prompt)
+            ends.append(time.perf_counter())
+        times.append((ends[0] - arrived, ends[-1] - arrived))
+    first, every = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))
+    return round(first, 3), round(every, 3)
+
+
+def decode_rates(bench: Bench, token: int, position: int, batch: int) -> dict[str, float]:
+    """Tokens/s of the first `batch` rows, which hold a prompt: step by step, and by CUDA graph."""
+    assert bench.backend is not None and bench.plain is not None
+    step = _step([token] * batch, [position] * batch)
+    rates = {}
+    for name, backend in (("tokens_per_s", bench.plain), ("tokens_per_s_graph", bench.backend)):
+        rates[name] = _rate(lambda backend=backend: backend.run(step), batch)
+    return rates
+
+
+def beside(manifest: Manifest, prompt_tokens: int, figures: Mapping[str, float]) -> dict[str, float]:
+    """The predicted rooflines of a batch, and how much of each was reached, in percent."""
+    gpu = find_gpu(manifest.details["gpus"][0])
+    budget = predict(manifest.contract, manifest.details["predicted"]["weights_bytes"])
+    rows = int(figures["batch"])
+    ceiling = decode_ceiling(budget, gpu, rows)
+    prefill_ms = 1e3 * prompt_seconds(budget, gpu, prompt_tokens)
+    best = max(figures["tokens_per_s"], figures["tokens_per_s_graph"])
+    return {
+        "decode_roofline_tokens_per_s": round(ceiling, 1),
+        "decode_percent": round(100 * best / ceiling, 1),
+        "first_token_roofline_ms": round(prefill_ms, 3),
+        "first_token_percent": round(100 * prefill_ms / figures["first_token_ms"], 1),
+        "every_first_token_roofline_ms": round(rows * prefill_ms, 3),
+        "every_first_token_percent": round(100 * rows * prefill_ms / figures["every_first_token_ms"], 1),
+    }
 
 
 def _rate(call: Callable[[], Any], batch: int) -> float:
@@ -225,22 +264,18 @@ def _rate(call: Callable[[], Any], batch: int) -> float:
     return round(batch / statistics.median(times), 1)
 
 
-def _beside(ceilings: dict[str, float], figures: dict[str, Any], most: int) -> dict[str, float]:
-    """The predicted ceilings, and what share of them was reached."""
-    found = {f"predicted_{name}": value for name, value in ceilings.items()}
-    pairs = (("decode_tokens_per_s", 1), ("decode_all_rows_tokens_per_s", most))
-    for name, batch in pairs:
-        if ceilings.get(name):
-            reached = max(figures[f"tokens_per_s_b{batch}"], figures[f"tokens_per_s_b{batch}_graph"])
-            found[f"share_of_{name}"] = round(reached / ceilings[name], 3)
-    return found
-
-
-def _words(figures: dict[str, Any], batches: Sequence[int], ceilings: dict[str, float]) -> str:
-    rates = ", ".join(f"{figures[f'tokens_per_s_b{b}_graph']:.0f} at B={b}" for b in batches)
-    ceiling = ceilings.get("decode_tokens_per_s")
-    beside = f"; predicted ceiling at B=1: {ceiling:.0f}" if ceiling else ""
-    return f"tokens/s by CUDA graph: {rates}{beside}"
+def _words(figures: Mapping[str, float]) -> str:
+    graph, plain, first, every = (
+        f"{figures[name]:.1f}"
+        for name in ("tokens_per_s_graph", "tokens_per_s", "first_token_ms", "every_first_token_ms")
+    )
+    decode, one, all_of_them = (
+        f"{figures[f'{name}_percent']:g} %" for name in ("decode", "first_token", "every_first_token")
+    )
+    return (
+        f"B={figures['batch']}: {graph} tokens/s by CUDA graph, {plain} without, {decode} of the roofline; "
+        f"first token after {first} ms ({one}), every row's after {every} ms ({all_of_them})"
+    )
 
 
 def _step(tokens: Sequence[int], positions: Sequence[int]) -> Step:

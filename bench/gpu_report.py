@@ -56,7 +56,9 @@ def html(report: Mapping[str, Any]) -> str:
             f'<p class="soft">{escape(about)}</p>',
             "<table><tr><th>step</th><th>state</th><th>s</th><th>what it says</th></tr>",
             *(_step(step) for step in report["steps"]),
-            "</table><h2>Numbers</h2>",
+            "</table>",
+            *(row for step in report["steps"] if "batches" in step["figures"] for row in _speeds(step)),
+            "<h2>Numbers</h2>",
             "<table><tr><th>step</th><th>number</th><th></th></tr>",
             *(row for step in report["steps"] for row in _figures(step)),
             "</table></body></html>",
@@ -72,6 +74,39 @@ def _step(step: Mapping[str, Any]) -> str:
         f'<tr><td>{escape(step["name"])}</td><td class="{state}">{STATES[state]}</td>'
         f'<td class="number">{step["seconds"]:.1f}</td><td>{said}</td></tr>'
     )
+
+
+SPEEDS = (
+    ("rows", "batch"),
+    ("tokens/s, CUDA graph", "tokens_per_s_graph"),
+    ("tokens/s, step by step", "tokens_per_s"),
+    ("predicted roofline", "decode_roofline_tokens_per_s"),
+    ("%", "decode_percent"),
+    ("first token, ms", "first_token_ms"),
+    ("predicted roofline, ms", "first_token_roofline_ms"),
+    ("%", "first_token_percent"),
+    ("every row's, ms", "every_first_token_ms"),
+    ("predicted roofline, ms", "every_first_token_roofline_ms"),
+    ("%", "every_first_token_percent"),
+)
+"""Heading → figure of a batch."""
+
+
+def _speeds(step: Mapping[str, Any]) -> Sequence[str]:
+    """One row a batch size, each measurement beside its roofline."""
+    prompts = f"Prompts of {step['figures']['prompt_tokens']} tokens arrive together"
+    about = f"Decode with a full window. {prompts}, until the first token of one row, and of every row."
+    cells = [
+        "".join(f'<td class="number">{figures[name]:,}</td>' for _, name in SPEEDS)
+        for figures in step["figures"]["batches"]
+    ]
+    return [
+        f"<h2>{escape(step['name'])}</h2>",
+        f'<p class="soft">{about}</p>',
+        f"<table><tr>{''.join(f'<th>{escape(heading)}</th>' for heading, _ in SPEEDS)}</tr>",
+        *(f"<tr>{row}</tr>" for row in cells),
+        "</table>",
+    ]
 
 
 def _figures(step: Mapping[str, Any]) -> Sequence[str]:

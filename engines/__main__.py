@@ -6,30 +6,31 @@ import sys
 from pathlib import Path
 
 from mistral_trt.cli import run
-from mistral_trt.engines.build import build_engine
+from mistral_trt.engines.build import build_job
 from mistral_trt.engines.engine_cache import DEFAULT_LIMIT_BYTES, EngineCache
 from mistral_trt.engines.flavor import AUTO, NAMES
 from mistral_trt.engines.gpu import load_catalogue
 from mistral_trt.engines.planning.dry_run import dry_run
-from mistral_trt.engines.planning.settle import WEIGHTS, check_target
+from mistral_trt.engines.planning.settle import check_target, settle
+from mistral_trt.engines.planning.wish import WEIGHTS
 from mistral_trt.engines.polygraphy_scripts import check_comparable, write_polygraphy
 from mistral_trt.engines.refit import refit_engine
 from mistral_trt.engines.table import print_table
-from mistral_trt.manifest import read_manifest
 from mistral_trt.progress import note
 
 
 def build(argv: list[str]) -> int:
     args = parse_build(argv)
+    cache = None if args.no_cache else EngineCache(limit_bytes=int(args.cache_gb * 1e9))
     settings = {"flavor": args.flavor, "weights": args.weights, "max_batch_size": args.max_batch_size}
+    settings |= {"cache": cache, "polygraphy": args.polygraphy}
     if args.dry_run:
         dry_run(args.onnx, args.gpu, args.out, as_json=args.json, **settings)
         return 0
+    job = settle(args.onnx, args.gpu, args.out, **settings)
     if args.polygraphy:  # refused now rather than after the build
-        source = read_manifest(args.onnx, "onnx", check_files=False)
-        check_comparable(args.onnx, source.contract.precision, weights=args.weights)
-    cache = None if args.no_cache else EngineCache(limit_bytes=int(args.cache_gb * 1e9))
-    manifest = build_engine(args.onnx, args.gpu, args.out, cache=cache, **settings)
+        check_comparable(args.onnx, job.source.contract.precision, weights=job.budget.weights)
+    manifest = build_job(job, args.out, cache)
     if args.polygraphy:
         plan = {key: manifest.details[key] for key in ("flavor", "weights")}
         folder = write_polygraphy(args.onnx, args.out, manifest.contract, **plan)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.artifact import new_artifact, require_apart
+from mistral_trt.artifact import new_artifact
 from mistral_trt.engines.build_key import BuildKey, build_key
 from mistral_trt.engines.builder.plan import Plan, build_plan, warn_of_waste
 from mistral_trt.engines.engine_cache import EngineCache
@@ -46,12 +46,19 @@ def build_engine(
     """Build the ONNX folder and write the engine folder `out`, all or nothing.
 
     gpus: keys, names or aliases from the catalogue; several share one plan.  flavor: see
-    `flavor.choose_flavor`.  weights: see `settle.settle_weights`.  max_batch_size: instead of the ONNX
+    `flavor.choose_flavor`.  weights: see `wish.place_weights`.  max_batch_size: instead of the ONNX
     folder's; its graph takes any.  cache: where an equal build's plan may be found and is left, or None.
     Raises GpuError, BuildError, ManifestError, ArtifactError or MissingDependencyError.
     """
-    require_apart(out, onnx_dir)
-    job = settle(onnx_dir, gpus, out, flavor=flavor, weights=weights, max_batch_size=max_batch_size)
+    job = settle(
+        onnx_dir, gpus, out, flavor=flavor, weights=weights, max_batch_size=max_batch_size, cache=cache
+    )
+    return build_job(job, out, cache)
+
+
+def build_job(job: Job, out: Path, cache: EngineCache | None = None) -> Manifest:
+    """Do a build that is settled; the rest as of `build_engine`."""
+    onnx_dir = job.onnx_dir
     external = refit_weights(onnx_dir / GRAPH_NAME) if job.external else None
     repeated = carried_details(job.source)
     read_manifest(onnx_dir, "onnx")  # every byte, once nothing cheaper can refuse

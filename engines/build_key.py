@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt import __version__
-from mistral_trt.engines.planning.build_memory import EMBEDDED
 from mistral_trt.manifest import Manifest
+from mistral_trt.weight_index import EMBEDDED
 
 BUILD_VERSION = 1
 """Raise it when the same ONNX folder, target and versions give another plan, or other details of it, than

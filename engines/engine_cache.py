@@ -60,11 +60,14 @@ class EngineCache:
                     with suppress(OSError):
                         os.utime(entry)
                     _give(entry / _PLAN, target)
-                    return found
-            self._drop_altered(entry, key)
+            if found is None:
+                self._drop_altered(entry, key)
         except (OSError, ArtifactError) as error:
             note(f"the plan kept in {entry} is not used: {error}")
-        return None
+            return None
+        if found:
+            self._trim(entry)  # the limit may have been larger when it was kept
+        return found
 
     def store(self, key: BuildKey, plan: Path, sha256: str, details: Mapping[str, Any]) -> bool:
         """Keep a finished plan under its key, all or nothing; False, with a reason in the log, if it is not.
@@ -113,12 +116,29 @@ class EngineCache:
         os.utime(entry)
         for path in self.folder.glob(f".*{_PARTIAL}*"):
             _remove_abandoned(path)
+        self._make_room(entry)
+
+    def _trim(self, used: Path) -> None:
+        """Hold the limit after a hit, which is none the worse if that fails."""
+        try:
+            if sum(map(_size, self._entries())) > self.limit_bytes:
+                with self._locked(fcntl.LOCK_EX):
+                    self._make_room(used)
+        except OSError as error:
+            note(f"the plans in {self.folder} take more than they may: {error}")
+
+    def _make_room(self, used: Path) -> None:
+        """Remove the least recently used until the limit holds; the cache is locked for us alone.
+
+        `used` stays, unless its plan alone is over the limit.
+        """
         kept = self._entries()
-        total = sum(_size(path) for path in kept)
-        for oldest in kept:
-            if total > self.limit_bytes and oldest != entry:
-                total -= _size(oldest)
-                _remove(oldest)
+        total = sum(map(_size, kept))
+        for entry in kept:
+            may_go = entry != used or (entry / _PLAN).stat().st_size > self.limit_bytes
+            if total > self.limit_bytes and may_go:
+                total -= _size(entry)
+                _remove(entry)
 
     def _drop_altered(self, entry: Path, key: BuildKey) -> None:
         with self._locked(fcntl.LOCK_EX):

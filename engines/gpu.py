@@ -1,17 +1,18 @@
-"""GPU data files → targets an engine can be built for, and what each can run.
+"""GPU data files → targets an engine can be built for, by whatever name they are called.
 
 A GPU is a file `gpus/<key>.toml`; adding one is adding a file. Tables here speak of compute
 capabilities only, never of a single GPU.
 """
 
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 
-from mistral_trt.errors import BuildError, GpuError
+from mistral_trt.errors import GpuError
 
 CATALOGUE = Path(__file__).parent / "gpus"
 SEGMENTS = ("data centre", "GeForce")
@@ -34,24 +35,6 @@ RTX_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 RTX_LISTED = ("7.5", "8.6", "8.9", "12.0", "12.1")
 """docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix 1.5; its examples are all GeForce boards."""
-
-_NEEDS = {
-    "fp16": ("7.5", "float16 tensor cores"),
-    "bf16": ("8.0", "bfloat16 arithmetic"),
-    "int8": ("8.0", "TensorRT's INT8 linears between float32"),
-    "int8-weight-only": ("7.5", "float16 tensor cores"),
-    "int4": ("8.0", "TensorRT's INT4 kernels"),
-    "fp8": (FP8_CAPABILITY, "FP8 tensor cores"),
-}
-"""Precision → first compute capability it is built for, and what that has.
-
-Measured with tensorrt-rtx 1.7.1. SM75 has INT8 tensor cores, but an int8 linear stands between float32 (ONNX
-Runtime fuses no other form), and TensorRT compiles no float32 matrix product for SM75, not even this one.
-"""
-
-_UNBUILDABLE = {
-    "fp32": "TensorRT has no fused float32 attention, on any GPU; fp32 runs in ONNX Runtime",
-}
 
 
 class RtxSupport(Enum):
@@ -173,9 +156,7 @@ def read_gpu(path: Path) -> GpuTarget:
 def find_gpu(name: str, catalogue: Mapping[str, GpuTarget] | None = None) -> GpuTarget:
     """The GPU of that key, name or alias. Raises GpuError listing the known keys."""
     catalogue = load_catalogue() if catalogue is None else catalogue
-    if _plain(name) in catalogue:
-        return catalogue[_plain(name)]
-    found = [target for target in catalogue.values() if target.answers_to(name)]
+    found = _called(name, catalogue)
     if len(found) == 1:
         return found[0]
     if found:
@@ -183,33 +164,51 @@ def find_gpu(name: str, catalogue: Mapping[str, GpuTarget] | None = None) -> Gpu
     raise GpuError(f"unknown GPU {name!r}; known are {', '.join(sorted(catalogue))}")
 
 
-def check_precision(gpu: GpuTarget, precision: str) -> None:
-    """Raise if an engine of this precision cannot be built (BuildError) or not for this GPU (GpuError)."""
-    known = [*_NEEDS, *_UNBUILDABLE]
-    if precision not in known:
-        raise BuildError(f"precision must be one of {', '.join(known)}, found {precision!r}")
-    if precision in _UNBUILDABLE:
-        raise BuildError(
-            f"an engine cannot be built in {precision}: {_UNBUILDABLE[precision]}; "
-            f"export with --precision {_either(list(_NEEDS))}"
-        )
-    lowest, what = _NEEDS[precision]
-    if not gpu.runs(lowest):
-        usable = [name for name, (capability, _) in _NEEDS.items() if gpu.runs(capability)]
-        raise GpuError(
-            f"{gpu.name} (compute capability {gpu.compute_capability}) cannot run {precision}, which needs "
-            f"compute capability {lowest} or later ({what}); export with --precision {_either(usable)}"
-        )
+def split_names(text: str, catalogue: Mapping[str, GpuTarget] | None = None) -> list[list[GpuTarget]]:
+    """The GPUs of a text in sets: a comma joins two into one set, a blank begins another.
+
+    Blanks inside a name are its own: "a10g,NVIDIA L4 t4" → [[a10g, l4], [t4]].
+    Raises GpuError as `find_gpu` does.
+    """
+    catalogue = load_catalogue() if catalogue is None else catalogue
+    sets: list[list[GpuTarget]] = []
+    for piece in text.split(","):
+        words, joined = piece.split(), bool(sets)
+        while words:
+            name = _first_name(words, catalogue)
+            target = find_gpu(name, catalogue)
+            if joined:
+                sets[-1].append(target)
+            else:
+                sets.append([target])
+            words, joined = words[len(name.split()) :], False
+    return sets
 
 
-def can_run(gpu: GpuTarget, precision: str) -> bool:
-    """Whether an engine of this precision can be built for the GPU."""
-    return precision in _NEEDS and gpu.runs(_NEEDS[precision][0])
+def main(arguments: Sequence[str]) -> int:
+    """For make, which has no environment yet: names → keys, or why not, to stdout: "a10g,l4 t4"."""
+    try:
+        sets = split_names(" ".join(arguments)) or [[find_gpu("")]]
+    except GpuError as error:
+        print(error)
+        return 2
+    print(*(",".join(target.key for target in targets) for targets in sets))
+    return 0
 
 
-def _either(names: Sequence[str]) -> str:
-    """fp16, bf16 -> "fp16 or bf16"."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _called(name: str, catalogue: Mapping[str, GpuTarget]) -> list[GpuTarget]:
+    """The GPUs of that name; a key is never another's alias."""
+    if _plain(name) in catalogue:
+        return [catalogue[_plain(name)]]
+    return [target for target in catalogue.values() if target.answers_to(name)]
+
+
+def _first_name(words: Sequence[str], catalogue: Mapping[str, GpuTarget]) -> str:
+    """The longest name that the words begin with; where they begin with none, what is taken for one."""
+    for count in range(len(words), 0, -1):
+        if _called(" ".join(words[:count]), catalogue):
+            return " ".join(words[:count])
+    return words[0] if any(_called(word, catalogue) for word in words) else " ".join(words)
 
 
 def _plain(name: str) -> str:
@@ -218,3 +217,7 @@ def _plain(name: str) -> str:
 
 def _number(compute_capability: str) -> tuple[int, ...]:
     return tuple(int(part) for part in compute_capability.split("."))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

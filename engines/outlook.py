@@ -8,12 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mistral_trt.contract import CACHE_DTYPES
-from mistral_trt.engines.builder.versions import oldest_usable
-from mistral_trt.engines.flavor import FULL, RTX, Flavor, check_weight_only
-from mistral_trt.engines.gpu import GpuTarget, RtxSupport, can_run, find_gpu, load_catalogue
+from mistral_trt.engines.flavor import FULL, RTX, Flavor, on_target
+from mistral_trt.engines.gpu import GpuTarget, RtxSupport, find_gpu, load_catalogue
 from mistral_trt.engines.planning.host import available_memory_bytes
-from mistral_trt.errors import GpuError
+from mistral_trt.engines.precision import buildable
+from mistral_trt.engines.versions import install_command, oldest_usable
 from mistral_trt.packages import installed_version, release
 
 __all__ = ["Outlook", "available_memory_bytes", "look_ahead", "print_outlooks"]
@@ -87,7 +86,7 @@ def _outlook(target: GpuTarget, here: Sequence[tuple[str, str]]) -> Outlook:
         build=build,
         why=why,
         fits=same[0] if same else None,
-        precisions=tuple(name for name in CACHE_DTYPES if _builds(target, name, flavor)),
+        precisions=buildable([target], flavor),
         command=command,
     )
 
@@ -95,16 +94,13 @@ def _outlook(target: GpuTarget, here: Sequence[tuple[str, str]]) -> Outlook:
 def _build(target: GpuTarget, here: Sequence[str]) -> tuple[str | None, str, str]:
     """The flavor that builds here, that in words, and the command: to build, or to become able to."""
     command = f"mistral-trt build ONNX_DIR --gpu {target.key} --out DIR"
-    on_target = bool(here) and all(target.answers_to(name) for name in here)
+    is_here = bool(here) and all(target.answers_to(name) for name in here)
     only_full = target.rtx_support is RtxSupport.IMPOSSIBLE
-    flavor = FULL if only_full or (on_target and FULL.installed) else RTX
-    fault = _fault(flavor)
-    install = f"pip install '{flavor.name}>={oldest_usable(flavor.name)}'"
-    if flavor == FULL and not on_target:
-        install = f"on a machine with an {target.name}: {install} && {command} --flavor {flavor.name}"
-        return None, "needs full TensorRT on the target", install
-    if fault:
-        return None, f"needs {flavor.name}, {fault}", install
+    flavor = FULL if only_full or (is_here and FULL.installed) else RTX
+    if flavor == FULL and not is_here:
+        return None, "needs full TensorRT on the target", on_target(target)
+    if fault := _fault(flavor):
+        return None, f"needs {flavor.name}, {fault}", install_command(flavor.name)
     return flavor.name, f"builds with {flavor.name} here", command
 
 
@@ -116,11 +112,3 @@ def _fault(flavor: Flavor) -> str | None:
     if found is not None and release(found) < release(oldest):
         return f"{oldest} or later, found {found}"
     return None
-
-
-def _builds(target: GpuTarget, precision: str, flavor: str) -> bool:
-    try:
-        check_weight_only(target, precision, flavor)
-    except GpuError:
-        return False
-    return can_run(target, precision)

@@ -12,7 +12,9 @@ from mistral_trt.artifact import write_file
 from mistral_trt.contract import GraphContract, TensorSpec
 from mistral_trt.engines.network.parse import profile_ranges
 from mistral_trt.errors import BuildError
-from mistral_trt.manifest import GRAPH_NAME
+from mistral_trt.manifest import GRAPH_NAME, PLAN_NAME
+from mistral_trt.tensorrt_names import RTX
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 TOLERANCES = {
     "fp16": ("elemwise", 0.5, 0.05),
@@ -54,7 +56,7 @@ def polygraphy_folder(out: Path) -> Path:
 
 
 def write_polygraphy(
-    onnx_dir: Path, out: Path, contract: GraphContract, *, flavor: str, weights: str = "embedded"
+    onnx_dir: Path, out: Path, contract: GraphContract, *, flavor: str, weights: str = EMBEDDED
 ) -> Path:
     """Write `inputs.py`, `run.sh` and `README.txt` beside the engine folder `out`; return where.
 
@@ -76,12 +78,12 @@ def write_polygraphy(
     return folder
 
 
-def check_comparable(onnx_dir: Path, precision: str, *, weights: str = "embedded") -> None:
+def check_comparable(onnx_dir: Path, precision: str, *, weights: str = EMBEDDED) -> None:
     """Raise BuildError for an engine that Polygraphy cannot load or has nothing to compare with.
 
-    weights: "embedded", "external", or "auto" while that is open.
+    weights: "embedded" or "external".
     """
-    if weights == "external":
+    if weights == EXTERNAL:
         raise BuildError(
             f"Polygraphy loads a plan with its weights and does not refit one, found weights {weights!r}; "
             f"leave --polygraphy out, or build with: mistral-trt build {shlex.quote(str(onnx_dir))} "
@@ -102,8 +104,8 @@ def script(onnx: str, engine: str, contract: GraphContract, *, flavor: str) -> s
     level = "ORT_ENABLE_ALL" if contract.precision == "fp16" else "ORT_ENABLE_BASIC"
     words = {
         "ONNX": shlex.quote(f"{onnx}/{GRAPH_NAME}"),
-        "PLAN": shlex.quote(f"{engine}/model.plan"),
-        "RTX": "1" if flavor == "tensorrt-rtx" else "0",
+        "PLAN": shlex.quote(f"{engine}/{PLAN_NAME}"),
+        "RTX": "1" if flavor == RTX else "0",
         "LEVEL": level,
         "TOLERANCES": f"--check-error-stat {statistic} --atol {rings} logits:{logits} --rtol {_RTOL}",
         "DECODE_SHAPES": shapes(contract, "decode"),

@@ -13,7 +13,6 @@ from typing import Any
 from mistral_trt.artifact import new_artifact, require_apart
 from mistral_trt.engines.build import carried_details, place_files
 from mistral_trt.engines.network.placeholders import bring_file, refit_weights
-from mistral_trt.engines.planning.build_memory import EXTERNAL
 from mistral_trt.errors import BuildError, ManifestError
 from mistral_trt.manifest import (
     GRAPH_NAME,
@@ -25,7 +24,7 @@ from mistral_trt.manifest import (
     sha256_file,
 )
 from mistral_trt.progress import note
-from mistral_trt.weight_index import INDEX_NAME, RefitWeight, read_weight_index
+from mistral_trt.weight_index import EXTERNAL, INDEX_NAME, RefitWeight, read_weight_index
 
 _NOT_IN_THE_GRAPH = ("sliding_window", "max_position_embeddings")  # W is the contract's
 _SHOWN = 3
@@ -134,12 +133,14 @@ def differences(
 
 
 def remedy(engine: Manifest, onnx_dir: Path) -> str:
-    """The command that builds an engine of the ONNX folder for the engine's GPU."""
+    """The command that builds an engine of the ONNX folder for the engine's GPUs.
+
+    With external weights, so that the next one can be a refit, unless one plan serves several capabilities.
+    """
     gpus = ",".join(engine.details.get("gpus") or ["GPU"])
-    return (
-        f"mistral-trt build {shlex.quote(str(onnx_dir))} --gpu {shlex.quote(gpus)} --weights external "
-        "--out DIR"
-    )
+    shared = len(engine.details.get("compute_capabilities") or ()) > 1
+    place = "" if shared else f" --weights {EXTERNAL}"
+    return f"mistral-trt build {shlex.quote(str(onnx_dir))} --gpu {shlex.quote(gpus)}{place} --out DIR"
 
 
 def _of_the_plan(engine: Manifest, repeated: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,15 @@ _RTX_STYLE = {RtxSupport.LISTED: "green", RtxSupport.UNLISTED: "yellow", RtxSupp
 
 
 def print_table(gpus: Sequence[GpuTarget]) -> None:
-    """Print to stdout; in a pipe or a file no column is cut, however wide."""
+    """Print to stdout, other names below; in a pipe or a file no column is cut, however wide."""
     table = gpu_table(gpus)
     console = Console()
     if not console.is_terminal:
         console = Console(width=console.measure(table, options=console.options.update(max_width=500)).maximum)
     console.print(table)
+    console.print("\nAlso called:", highlight=False)
+    for gpu in [gpu for gpu in gpus if gpu.aliases]:
+        console.print(f"  {gpu.key}: {', '.join(gpu.aliases)}", highlight=False, soft_wrap=True)
 
 
 def gpu_table(gpus: Sequence[GpuTarget]) -> Table:

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_trt.devices import Device
+from mistral_trt.devices import VISIBLE, Device
 from mistral_trt.errors import EngineMismatchError, ManifestError
 from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command, sha256_file
 from mistral_trt.packages import installed_version, release
-from mistral_trt.weight_index import INDEX_NAME, files_of, read_weight_index
+from mistral_trt.tensorrt_names import FLAVORS
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL, INDEX_NAME, files_of, read_weight_index
 
-FLAVORS = ("tensorrt", "tensorrt-rtx")
-
-_WEIGHTS = ("embedded", "external")
 _PREDICTED = ("device_bytes", "ring_bytes_per_row", "max_batch_size")
 
 
@@ -58,7 +56,7 @@ def read_engine_details(manifest: Manifest) -> EngineDetails:
         gpu_name=_text(details, "gpu_name"),
         flavor=_one_of(details, "flavor", FLAVORS),
         version=_text(details, "tensorrt"),
-        weights=_one_of(details, "weights", _WEIGHTS),
+        weights=_one_of(details, "weights", (EMBEDDED, EXTERNAL)),
         device_bytes=rest + contract.ring_bytes_per_row * contract.max_batch_size,
     )
 
@@ -85,14 +83,14 @@ def check_engine_folder(
         raise ManifestError(
             f"{folder} is not an engine that can be loaded: {error}; make it again with: {repair}"
         ) from error
-    if details.weights == "external":
+    if details.weights == EXTERNAL:
         _check_weights(folder, manifest)
     _check_tensorrt(folder, details)
     _check_device(folder, manifest, details, find_device())
 
 
 def _check_files(folder: Path, manifest: Manifest, details: EngineDetails, plan_hashed: bool) -> None:
-    needed = [PLAN_NAME, *([INDEX_NAME] if details.weights == "external" else [])]
+    needed = [PLAN_NAME, *([INDEX_NAME] if details.weights == EXTERNAL else [])]
     if missing := [name for name in needed if name not in manifest.files]:
         raise ManifestError(f"{missing[0]} is not among its files")
     if manifest.files[PLAN_NAME].bytes == 0:
@@ -131,7 +129,8 @@ def _check_device(folder: Path, manifest: Manifest, details: EngineDetails, devi
     """The same compute capability, under whatever name, with enough memory."""
     if device is None:
         raise EngineMismatchError(
-            f"{folder} was built for {details.gpu_name}, and this machine has no NVIDIA GPU (or no driver); "
+            f"{folder} was built for {details.gpu_name}, and this machine has no NVIDIA GPU (or no driver, "
+            f"or {VISIBLE} hides it); "
             "run the ONNX folder it was built from, which needs none: "
             "mistral-trt generate ONNX_DIR --prompt TEXT"
         )

@@ -231,8 +231,8 @@ class Scheduler:
             produced = self._cache.decode(tokens, self._cache.capacity_rows if self._fixed_batch else None)
         except NonFiniteLogitsError as error:
             produced = dict(error.healthy)
-            for sample in [self._decoding[row] for row in error.rows]:
-                self._fail(sample.job, NonFiniteLogitsError([sample.row], {}), spoilt=True)
+            for job, row in {self._decoding[row].job: row for row in reversed(error.rows)}.items():
+                self._fail(job, NonFiniteLogitsError([row], {}), spoilt=True)
         except Exception as error:
             for job in {sample.job: None for sample in self._decoding.values()}:
                 self._fail(job, backend_error(error), spoilt=True)

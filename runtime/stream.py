@@ -11,7 +11,7 @@ from mistral_trt.runtime.request import Delivery, Job, Piece
 from mistral_trt.runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    import asyncio
+    pass
 
 
 class Stream:

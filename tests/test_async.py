@@ -161,13 +161,13 @@ def test_a_loop_that_is_busy_holds_no_other_stream_up(engine: Engine, backend: T
 
 
 def test_what_cannot_be_served_is_raised_with_the_first_piece(engine: Engine) -> None:
-    for ask, words in (
-        (lambda: engine.astream([]), "at least one token"),
-        (lambda: engine.astream("text"), "no tokenizer"),
-        (lambda: engine.astream([1], greedy(1, n=5)), "n=5"),
+    for stream, words in (
+        (engine.astream([]), "at least one token"),
+        (engine.astream("text"), "no tokenizer"),
+        (engine.astream([1], greedy(1, n=5)), "n=5"),
     ):
         with pytest.raises(GenerationError, match=words):
-            asyncio.run(read(ask()))
+            asyncio.run(read(stream))
 
 
 def test_errors_come_out_of_the_loop(engine: Engine, backend: TokenBackend) -> None:

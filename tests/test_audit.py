@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mistral_trt.engines.build import build_engine, engine_details
-from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.build_log import BuilderLog
+from mistral_trt.engines.builder.callbacks import make_logger
 from mistral_trt.engines.builder.plan import Plan
 from mistral_trt.engines.gpu import find_gpu
 from mistral_trt.engines.network import audit as audit_module

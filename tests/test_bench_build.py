@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory, build_memory
+from mistral_trt.engines.planning.build_memory import BuildMemory, build_memory
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 from tests.conftest import Folder
 from tests.models import TINY
 
@@ -111,8 +113,18 @@ def test_refused_builds_and_series_without_their_external_line_are_left_out(benc
     assert bench.fit.fit([refused]) == {}
 
 
+def shipped(precision: str, weights: str) -> BuildMemory:
+    """As if the constants that make these builds were those in use."""
+    return OUTSIDE if weights == EXTERNAL else INSIDE[precision]
+
+
+def judged(bench: Any, measured: list[Any], in_use: Any = shipped) -> dict[str, Any]:
+    results: dict[str, Any] = bench.build.judge(measured, [4, 8], in_use)
+    return results
+
+
 def test_deep_builds_are_judged_and_shallow_ones_are_not(bench: Any) -> None:
-    results = bench.build.judge([*points(bench, 4, 8), *points(bench, 16, noise=1.1)], [4, 8])
+    results = judged(bench, [*points(bench, 4, 8), *points(bench, 16, noise=1.1)])
     assert [found["judged"] for found in results["builds"]] == [False] * 12 + [True] * 6
     assert results["failures"] == []
     assert results["builds"][-1]["error"] == pytest.approx(1 / 1.1 - 1, abs=0.002)
@@ -123,7 +135,7 @@ def test_what_breaks_a_bound_is_named(bench: Any) -> None:
     large = replace(point(bench, "fp16", EXTERNAL, 16), peak_bytes=2_100_000_000)
     heavy = replace(point(bench, "int8", EMBEDDED, 16), peak_bytes=21 * GB)
     refused = replace(point(bench, "int4", EMBEDDED, 16), peak_bytes=None)
-    failures = bench.build.judge([*points(bench, 4, 8), slow, large, heavy, refused], [4, 8])["failures"]
+    failures = judged(bench, [*points(bench, 4, 8), slow, large, heavy, refused])["failures"]
     assert failures == [
         "fp16 external, 16 layers: 61.5 s, at most 60",
         "fp16 external, 16 layers: predicted 1.01 GB, took 2.10",
@@ -134,9 +146,126 @@ def test_what_breaks_a_bound_is_named(bench: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("shift", "fails"), [(1.0, False), (1.019, False), (1.021, True), (0.981, False), (0.979, True)]
+)
+def test_constants_in_use_that_foretell_otherwise_fail(bench: Any, shift: float, fails: bool) -> None:
+    def in_use(precision: str, weights: str) -> BuildMemory:
+        line = shipped(precision, weights)
+        base, layer, *factors = (shift * value for value in bench.build.to_json(line).values())
+        return BuildMemory(round(base), round(layer), *factors, least=line.least)
+
+    failures = judged(bench, points(bench, 4, 8, 16), in_use)["failures"]
+    assert len(failures) == (6 if fails else 0)
+    for why in failures:
+        assert re.search(r", 16 layers: build_memory.py foretells [\d.]+ GB and the fitted constants ", why)
+
+
+def test_a_constant_that_moves_no_judged_build_may_differ(bench: Any) -> None:
+    """It is what is foretold that counts: other constants, the same sum."""
+
+    def in_use(precision: str, weights: str) -> BuildMemory:
+        line = shipped(precision, weights)
+        return replace(
+            line, base_bytes=line.base_bytes + 16_000_000, layer_bytes=line.layer_bytes - 1_000_000
+        )
+
+    assert judged(bench, points(bench, 4, 8, 16), in_use)["failures"] == []
+
+
+@pytest.mark.parametrize("layers", [(16,), (4, 16)])
+def test_a_deep_build_whose_series_was_not_fitted_is_a_failure(bench: Any, layers: tuple[int, ...]) -> None:
+    measured = [found for found in points(bench, *layers) if found.layers == 16 or found.precision == "int4"]
+    failures = judged(bench, measured)["failures"]
+    unfitted = {"fp16", "int8"} if 4 in layers else {"fp16", "int8", "int4"}
+    found = {why.split()[0] for why in failures if "its series was not fitted, so nothing judges it" in why}
+    assert found == unfitted
+    refused = [replace(point(bench, "fp16", EMBEDDED, 16), peak_bytes=None)]
+    assert "was not fitted" in judged(bench, refused)["failures"][0]
+
+
+# ---------------------------------------------------------------- a run, with builds that take no time
+
+
+@pytest.fixture
+def quick(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Measurements that are made up, and constants that agree with them."""
+
+    def measure(args: Any, precision: str, layers: int) -> list[Any]:
+        return [point(bench, precision, weights, layers) for weights in args.weights]
+
+    monkeypatch.setattr(bench.build, "measure", measure)
+    monkeypatch.setattr(bench.build, "build_memory", shipped)
+    return bench.build
+
+
+def test_a_run_ends_with_the_status_of_its_judgement(
+    quick: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--out", str(tmp_path / "out.json"), "--scratch", str(tmp_path / "scratch")]
+    assert quick.main(words) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())["builds"]) == 4 * 6
+    monkeypatch.setattr(quick, "build_memory", lambda *_: BuildMemory(GB, 0, 9.0, 9.0))
+    assert quick.main(words) == 1
+    assert "FAILED fp16 embedded, 16 layers: build_memory.py foretells" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_leaves_what_it_measured(
+    quick: Any, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, out = quick.measure, tmp_path / "new" / "out.json"
+
+    def until(args: Any, precision: str, layers: int) -> list[Any]:
+        if (precision, layers) == ("int4", 8):
+            raise KeyboardInterrupt
+        return list(measure(args, precision, layers))
+
+    monkeypatch.setattr(quick, "measure", until)
+    with pytest.raises(KeyboardInterrupt):
+        quick.main(["--out", str(out), "--scratch", str(tmp_path / "scratch")])
+    _, left = quick.stored(out)
+    expected = [found for found in points(bench, 4, 8) if (found.precision, found.layers) != ("int4", 8)]
+    assert left == expected
+
+
+def test_what_is_stored_is_judged_anew_without_a_build(
+    quick: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    assert quick.main(["--out", str(out), "--scratch", str(tmp_path / "scratch")]) == 0
+    before = json.loads(out.read_text())
+    monkeypatch.setattr(quick, "measure", lambda *_: pytest.fail("it built"))
+    monkeypatch.setattr(quick, "machine", lambda: pytest.fail("another machine's name"))
+    assert quick.main(["--judge", "--out", str(out)]) == 0
+    assert json.loads(out.read_text()) == before
+    assert quick.main(["--judge", "--out", str(out), "--fit", "16", "32"]) == 0
+    assert json.loads(out.read_text())["builds"][0]["judged"] is True
+    assert quick.main(["--judge", "--out", str(out), "--fit", "64"]) == 1
+    assert "FAILED fp16 external, 4 layers: its series was not fitted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"builds": [{"precision": "fp16"}]}'])
+def test_nothing_stored_is_told_with_the_command_that_measures(
+    quick: Any, tmp_path: Path, text: str | None
+) -> None:
+    out = tmp_path / "out.json"
+    if text is not None:
+        out.write_text(text)
+    with pytest.raises(
+        SystemExit, match=r"--judge: expected the results of a run .*; run: python bench/build"
+    ):
+        quick.main(["--judge", "--out", str(out)])
+
+
+def test_the_kept_results_can_be_judged(bench: Any) -> None:
+    about, kept = bench.build.stored(RESULTS)
+    assert about["config"] == "mistral-7b-v0.1" and kept
+
+
 def test_the_table_shows_fitted_judged_and_refused(bench: Any) -> None:
     refused = replace(point(bench, "fp16", EMBEDDED, 32), peak_bytes=None, seconds=2.0)
-    lines = bench.build.table(bench.build.judge([*points(bench, 4, 8), refused], [4, 8])).splitlines()
+    lines = bench.build.table(judged(bench, [*points(bench, 4, 8), refused])).splitlines()
     assert lines[2] == "| fp16 external | 4 | 10.0 | 0.93 | 0.93 | +0.0% (fitted) | 1000 |"
     assert "| fp16 embedded | 32 | 2.0 | refused before it starts | 24.51 |  |  |" in lines
     assert "int4 embedded: BuildMemory(-50_000_000, 0, 2.500, 1.000)" in lines

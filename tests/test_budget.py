@@ -1,5 +1,6 @@
 """Predicted memory and disk, and the refusals made of them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,24 +10,28 @@ from hypothesis import strategies as st
 
 from mistral_trt.config import ModelConfig
 from mistral_trt.contract import CACHE_DTYPES, GraphContract, plan_contract
-from mistral_trt.engines.gpu import GpuTarget, find_gpu, load_catalogue
+from mistral_trt.engines.flavor import AUTO, FULL, RTX
+from mistral_trt.engines.gpu import GpuTarget, RtxSupport, find_gpu, load_catalogue
 from mistral_trt.engines.planning.budget import (
     RESERVE_BYTES,
     Budget,
-    check_host,
     check_plan,
     predict,
     usable_bytes,
 )
-from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, EMBEDDED, EXTERNAL, build_memory
-from mistral_trt.engines.planning.remedy import check_device
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, build_memory
+from mistral_trt.engines.planning.host import Host
+from mistral_trt.engines.planning.settle import settle_weights
 from mistral_trt.engines.planning.sizes import (
     activation_bytes,
     linear_elements,
     logits_bytes,
     quantized_linear_bytes,
 )
+from mistral_trt.engines.planning.wish import Wish
+from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import BuildError
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 GB = 1_000_000_000
 FLOAT_BYTES = 14_483_464_192  # of a 7B in float16
@@ -141,27 +146,37 @@ def test_the_linears_of_a_7b_in_each_precision() -> None:
     assert quantized_linear_bytes(MISTRAL_7B, "int4") / 13_958_643_712 == pytest.approx(0.258, abs=0.001)
 
 
-def refusal(budget: Budget, gpu: str) -> str:
+AMPLE = Host(memory_bytes=10**13, disk_bytes=10**13)
+
+
+def settle(budget: Budget, gpu: str, host: Host = AMPLE, weights: str = AUTO) -> Budget:
+    target = find_gpu(gpu)
+    flavor = FULL if target.rtx_support is RtxSupport.IMPOSSIBLE else RTX
+    wish = Wish(TargetSet((target,)), AUTO, flavor, weights, replace(budget, weights=EMBEDDED))
+    return settle_weights(wish, host, Path("out"))
+
+
+def refusal(budget: Budget, gpu: str, host: Host = AMPLE, weights: str = AUTO) -> str:
     with pytest.raises(BuildError) as error:
-        check_device(budget, find_gpu(gpu))
+        settle(budget, gpu, host, weights)
     return str(error.value)
 
 
 def test_too_many_rows_name_the_largest_batch_and_the_precision_that_holds_them_all() -> None:
     assert refusal(budget_7b(16), "a10g") == (
         "predicted: 16 rows of ring need 9.1 GB beside 14.5 GB of weights and 0.1 GB of activations and "
-        "logits; a10g has 22.5 GB usable: use --max-batch-size 13, or export with --precision int8"
+        "logits; a10g has 22.5 GB usable; use --max-batch-size 13, or export with --precision int8"
     )
 
 
 def test_rows_that_only_fewer_rows_can_mend() -> None:
-    assert refusal(budget_7b(64), "a10g").endswith("has 22.5 GB usable: use --max-batch-size 13")
+    assert refusal(budget_7b(64), "a10g").endswith("has 22.5 GB usable; use --max-batch-size 13")
 
 
 def test_weights_that_do_not_fit_name_the_precision_that_does() -> None:
     message = refusal(budget_7b(1), "t4")
     assert message.startswith("predicted: 1 row of ring needs 0.6 GB beside 14.5 GB of weights")
-    assert message.endswith("t4 has 14.5 GB usable: export with --precision int8-weight-only")
+    assert message.endswith("t4 has 14.5 GB usable; export with --precision int8-weight-only")
     large = predict(contract_7b("int8"), 26 * GB, quantized_bytes=25 * GB)
     assert refusal(large, "a10g").endswith("export with --precision int4")
 
@@ -173,8 +188,13 @@ def test_weights_and_rows_that_need_both() -> None:
 
 def test_weights_too_large_for_a_gpu_name_those_that_are_not() -> None:
     budget = predict(contract_7b("int4"), 40 * GB, quantized_bytes=GB)
-    assert refusal(budget, "a10g").endswith("usable: it would fit a100-40, l40s, h100, a100-80, h200")
-    assert refusal(replace(budget, weights_bytes=100 * GB), "a10g").endswith("it would fit h200")
+    assert refusal(budget, "a10g").endswith(
+        "usable; build for --gpu a100-40, l40s or a100-80, or on a machine whose GPU is an NVIDIA H100 SXM "
+        "or NVIDIA H200, build for that one with --flavor tensorrt"
+    )
+    assert refusal(replace(budget, weights_bytes=100 * GB), "a10g").endswith(
+        "usable; on a machine whose GPU is an NVIDIA H200, build for that one with --flavor tensorrt"
+    )
 
 
 def test_weights_too_large_for_every_gpu() -> None:
@@ -195,20 +215,18 @@ def test_rows_that_fit_is_the_largest_batch_that_is_accepted(
     budget = predict(contract, weights)
     rows = budget.rows_that_fit(gpu)
     if rows:
-        check_device(budget.with_rows(rows), gpu)
+        settle(budget.with_rows(rows), gpu.key)
     with pytest.raises(BuildError):
-        check_device(budget.with_rows(rows + 1), gpu)
+        settle(budget.with_rows(rows + 1), gpu.key)
 
 
 @given(gpus, st.integers(1, 4000))
-def test_what_a_refusal_offers_is_accepted(gpu: GpuTarget, rows: int) -> None:
+def test_an_engine_is_refused_where_it_is_larger_than_what_is_usable(gpu: GpuTarget, rows: int) -> None:
     budget = budget_7b(rows)
-    if budget.fits(gpu):
-        return
-    offered = refusal(budget, gpu.key).rpartition("usable: ")[2]
-    if offered.startswith("use --max-batch-size "):
-        check_device(budget.with_rows(int(offered.split()[2].rstrip(","))), gpu)
-    assert usable_bytes(gpu) < budget.engine_bytes
+    if budget.engine_bytes > usable_bytes(gpu):
+        assert refusal(budget, gpu.key).startswith(f"predicted: {rows} row")
+    else:
+        assert settle(budget, gpu.key) == budget
 
 
 # ---------------------------------------------------------------- this machine
@@ -273,22 +291,21 @@ def gb(amount: int) -> str:
 
 def test_too_little_memory_for_the_build_names_external_weights() -> None:
     budget, constants = budget_7b(), build_memory("fp16", EMBEDDED)
-    check_host(budget, Path("out"), memory_bytes=budget.build_memory_bytes, disk_bytes=budget.plan_bytes)
-    with pytest.raises(BuildError) as error:
-        check_host(budget, Path("out"), memory_bytes=20 * GB, disk_bytes=100 * GB)
-    assert str(error.value) == (
+    settle(budget, "a10g", Host(budget.build_memory_bytes, budget.plan_bytes), EMBEDDED)
+    assert refusal(budget, "a10g", Host(20 * GB, 100 * GB), EMBEDDED) == (
         f"predicted: the build needs {gb(budget.build_memory_bytes)} of memory ({constants.factor:g} x "
         f"14.48 GB weights - {gb(-constants.base_bytes)}), and 20.00 GB is available; use "
-        f"--weights external, which needs {gb(budget_7b(weights=EXTERNAL).build_memory_bytes)}"
+        f"--weights external, which needs {gb(budget_7b(weights=EXTERNAL).build_memory_bytes)} of memory, or "
+        "export with --precision int8"
     )
 
 
 @pytest.mark.parametrize("weights", [EMBEDDED, EXTERNAL])
 def test_too_little_memory_for_any_build(weights: str) -> None:
     message = "and 0.10 GB is available; free some or build on a machine that has that much"
-    with pytest.raises(BuildError, match=message) as error:
-        check_host(budget_7b(weights=weights), Path("out"), memory_bytes=GB // 10, disk_bytes=100 * GB)
-    assert ("for 32 layers without their weights" in str(error.value)) == (weights == EXTERNAL)
+    said = refusal(budget_7b(), "a10g", Host(GB // 10, 100 * GB), weights)
+    assert said.endswith(message)
+    assert ("for 32 layers without their weights" in said) == (weights == EXTERNAL)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-weight-only", "int4", "fp8"])
@@ -303,13 +320,12 @@ def test_what_is_quantized_and_what_is_not_count_with_their_own_factors(precisio
         rf"\({constants.quantized_factor:g} x 4.00 GB quantized \+ {constants.factor:g} x 0.50 GB other "
         rf"weights {sign} {gb(abs(constants.base_bytes))}\), and 0.30 GB"
     )
-    with pytest.raises(BuildError, match=message):
-        check_host(budget, Path("out"), memory_bytes=3 * GB // 10, disk_bytes=100 * GB)
+    assert re.search(message, refusal(budget, "l4", Host(3 * GB // 10, 100 * GB), EMBEDDED))
 
 
 def test_a_7b_in_int4_fits_a_t4_class_device() -> None:
     budget = predict(contract_7b("int4", rows=4), 4_130_000_000, quantized_bytes=3_600_000_000)
-    check_device(budget, find_gpu("t4"))
+    settle(budget, "t4")
 
 
 def test_the_disk_of_an_engine_with_its_weights_outside() -> None:
@@ -321,19 +337,19 @@ def test_the_disk_of_an_engine_with_its_weights_outside() -> None:
 
 
 def test_too_little_disk_for_the_plan() -> None:
-    message = (
-        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free; free some or choose another --out"
+    outside = gb(budget_7b(weights=EXTERNAL).build_memory_bytes)
+    assert refusal(budget_7b(), "a10g", Host(100 * GB, 3 * GB), EMBEDDED) == (
+        "predicted: the plan needs 14.52 GB of disk, and 3.00 GB is free; free some or choose another --out "
+        f"than out, or use --weights external, which needs {outside} of memory"
     )
-    with pytest.raises(BuildError, match=message):
-        check_host(budget_7b(), Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
+    assert refusal(budget_7b(), "a10g", Host(100 * GB, GB // 20), EMBEDDED).endswith("another --out than out")
 
 
 def test_too_little_disk_for_weights_that_have_to_be_copied() -> None:
-    budget = budget_7b(weights=EXTERNAL)
-    check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB)
+    budget, host = budget_7b(weights=EXTERNAL), Host(100 * GB, 3 * GB)
+    assert settle(budget, "a10g", host, EXTERNAL) == budget
     message = "predicted: the plan and its weights need 14.59 GB of disk, and 3.00 GB is free; free some"
-    with pytest.raises(BuildError, match=message):
-        check_host(budget, Path("out"), memory_bytes=100 * GB, disk_bytes=3 * GB, linked=False)
+    assert refusal(budget, "a10g", replace(host, linked=False), EXTERNAL).startswith(message)
 
 
 # ---------------------------------------------------------------- the plan that was built

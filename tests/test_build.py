@@ -29,18 +29,17 @@ from mistral_trt.engines import targets as targets_module
 from mistral_trt.engines.__main__ import build as build_command
 from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.build_key import BUILD_VERSION
+from mistral_trt.engines.build_log import ALLOWED_WARNINGS, AllowedWarning, BuilderLog
 from mistral_trt.engines.builder import plan as plan_module
-from mistral_trt.engines.builder.callbacks import (
-    ALLOWED_WARNINGS,
-    AllowedWarning,
-    BuilderLog,
-    PhaseTree,
-    PlanSink,
-    make_logger,
-    only_build,
-)
+from mistral_trt.engines.builder.callbacks import PhaseTree, PlanSink, make_logger, only_build
 from mistral_trt.engines.builder.compiled import compiled_summary
-from mistral_trt.engines.builder.plan import Plan, build_plan, builder_config, require_clean
+from mistral_trt.engines.builder.plan import (
+    Plan,
+    build_plan,
+    builder_config,
+    interruptible,
+    require_clean,
+)
 from mistral_trt.engines.engine_cache import EngineCache
 from mistral_trt.engines.flavor import RTX, Flavor
 from mistral_trt.engines.gpu import find_gpu
@@ -57,6 +56,7 @@ from mistral_trt.engines.network.parse import (
 )
 from mistral_trt.engines.planning import settle as settle_module
 from mistral_trt.engines.planning.dry_run import dry_run
+from mistral_trt.engines.planning.settle import predict_budget
 from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
@@ -674,7 +674,7 @@ def test_an_input_that_tensorrt_ignores_fails_the_build(
 def test_a_failed_build_leaves_nothing(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets_module, "check_precision", lambda gpu, precision: None)
+    monkeypatch.setattr(targets_module, "check_precision", lambda *_: None)
     with pytest.raises(BuildError, match=r"did not build cleanly: .*sm75, because the model contains .*b16"):
         build_engine(folders("bf16"), "t4", tmp_path / "engine")
     with pytest.raises(BuildError, match="Attention operation was not supported by a dedicated kernel"):
@@ -765,34 +765,167 @@ def test_another_logger_would_be_noticed() -> None:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Ctrl-C at the first step of TensorRT's build, from inside its callback."""
-    pressed = threading.Event()
-    step = PhaseTree.step
+def interrupts() -> Iterator[Callable[[int], None]]:
+    """press(times): Ctrl-C as often, each taken by the main thread before the next."""
+    # A shell starts what it puts into the background with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(times: int) -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    yield press
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_a_build_is_waited_for_however_often_ctrl_c_is_pressed(
+    interrupts: Callable[[int], None], caplog: pytest.LogCaptureFixture, times: int
+) -> None:
+    """Its file must not be closed, and its folder not removed, while TensorRT still writes."""
+    caplog.set_level(logging.INFO, "mistral_trt")
+    cancel, ended = threading.Event(), threading.Event()
+
+    def work() -> str:
+        for count in range(1, times + 1):
+            os.kill(os.getpid(), signal.SIGINT)
+            patience = time.monotonic() + 60
+            while len(caplog.records) < count and time.monotonic() < patience:
+                time.sleep(0.01)
+        assert cancel.is_set()
+        ended.set()
+        return "a plan that came too late"
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, cancel)
+    assert ended.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "stopping the build at its next step" and len(said) == times
+    assert all("ends only between its steps" in line for line in said[1:])
+
+
+def test_an_interrupted_build_that_fails_is_an_interrupted_build(
+    interrupts: Callable[[int], None],
+) -> None:
+    def work() -> None:
+        interrupts(2)
+        raise BuildError("TensorRT built no plan and gave no reason")
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, threading.Event())
+
+
+def test_ctrl_c_held_down_is_taken_once(interrupts: Callable[[int], None]) -> None:
+    def work() -> None:
+        for _ in range(300):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, threading.Event())
+
+
+def test_a_programs_own_meaning_of_ctrl_c_is_left_to_it(interrupts: Callable[[int], None]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    cancel = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert cancel.wait(20)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(Stop):
+            interruptible(work, cancel)
+        assert signal.getsignal(signal.SIGINT) is stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_build_that_nobody_interrupts_gives_its_result_or_its_error() -> None:
+    assert interruptible(lambda: 3, threading.Event()) == 3
+
+    def fail() -> None:
+        raise BuildError("why")
+
+    with pytest.raises(BuildError, match="why"):
+        interruptible(fail, threading.Event())
+
+
+def test_a_sink_whose_file_is_closed_stops_and_raises_nothing_into_tensorrt(tmp_path: Path) -> None:
+    with (tmp_path / "plan").open("wb") as file:
+        sink = PlanSink(file, threading.Event())
+    assert [sink.write(b"abc"), sink.write(b"abc"), sink.bytes] == [0, 0, 0]
+    with pytest.raises(ValueError, match="closed file"):
+        require_clean(False, BuilderLog(), sink)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_ends_a_build_cleanly(
+    fp16: Path,
+    tmp_path: Path,
+    interrupts: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    times: int,
+) -> None:
+    """Pressed at the first step of TensorRT's build, from inside its callback."""
+    caplog.set_level(logging.INFO, "mistral_trt")
+    pressed, step = threading.Event(), PhaseTree.step
 
     def press(phases: PhaseTree, name: str) -> None:
         if not pressed.is_set():
             pressed.set()
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.5)  # the main thread takes the signal before this callback returns
+            interrupts(times)
         step(phases, name)
 
     monkeypatch.setattr(PhaseTree, "step", press)
-    # A shell starts what it puts into the background with SIGINT ignored, and Python leaves it so.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield pressed
-    signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(fp16, "a10g", tmp_path / "engine")
+    assert pressed.is_set()
+    assert "stopping the build" in caplog.text
+    assert leftovers(tmp_path) == []
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys, time
+from mistral_trt.cli import main
+from mistral_trt.engines.builder.callbacks import PhaseTree, PlanSink
+signal.signal(signal.SIGINT, signal.default_int_handler)
+write = PlanSink.write
+
+def press(sink, data):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+    return write(sink, data)
+
+PlanSink.write = press
+sys.exit(main(["build", sys.argv[1], "--gpu", "a10g", "--out", sys.argv[2], "--no-cache"]))
+"""
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_build_cleanly(
-    fp16: Path, tmp_path: Path, interrupt: threading.Event, caplog: pytest.LogCaptureFixture
+def test_a_command_that_is_interrupted_twice_while_the_plan_is_written_shows_no_traceback(
+    fp16: Path, tmp_path: Path
 ) -> None:
-    caplog.set_level(logging.INFO, "mistral_trt")
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(fp16, "a10g", tmp_path / "engine")
-    assert interrupt.is_set()
-    assert "stopping the build" in caplog.text
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TWICE, str(fp16), str(tmp_path / "engine")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr and "ValueError" not in ended.stderr
+    assert ended.stderr.endswith("mistral-trt build: interrupted; nothing was left half-written\n")
     assert leftovers(tmp_path) == []
 
 
@@ -1021,7 +1154,14 @@ def test_the_command_writes_polygraphys_commands_beside_the_engine(
 
 @pytest.mark.parametrize(
     ("precision", "options", "message"),
-    [("fp16", ["--weights", "external"], "does not refit one"), ("bf16", [], "cannot run bf16 on a CPU")],
+    [
+        (
+            "fp16",
+            ["--weights", "external"],
+            "does not refit one; use --weights embedded, or leave out --poly",
+        ),
+        ("bf16", [], "cannot run bf16 on a CPU"),
+    ],
 )
 def test_what_polygraphy_cannot_compare_is_refused_before_the_build(
     bare: Path,
@@ -1040,6 +1180,24 @@ def test_what_polygraphy_cannot_compare_is_refused_before_the_build(
     assert builds == [] and leftovers(tmp_path) == ["onnx"]
 
 
+def test_a_build_for_polygraphy_that_would_leave_its_weights_out_is_refused_before_it_begins(
+    bare: Path, home: Path, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--weights auto goes outside here; with --polygraphy that is no way out."""
+    budget = predict_budget(read_manifest(bare))
+    outside = replace(budget, weights="external").build_memory_bytes
+    assert outside < budget.build_memory_bytes
+    monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: outside)
+    words = [str(bare), "--gpu", "a10g", "--out", str(tmp_path / "engine")]
+    for command in (words, [*words, "--dry-run"]):
+        with pytest.raises(BuildError, match="; leave out --polygraphy, which needs the weights in the plan"):
+            build_command([*command, "--polygraphy"])
+    assert builds == [] and leftovers(tmp_path) == ["onnx"]
+    monkeypatch.setattr(build_module, "check_external_plan", lambda *_: None)
+    assert build_command(words) == 0
+    assert read_manifest(tmp_path / "engine").details["weights"] == "external"
+
+
 # --- what is refused before a build ---------------------------------------------------------------------
 
 
@@ -1056,8 +1214,11 @@ def test_a_plan_for_several_architectures_keeps_its_weights(
 ) -> None:
     """TensorRT-RTX fails on a refittable weight there, and so does every later build of the process."""
     message = (
-        r"several compute capabilities \(8.6, 8.9\) cannot leave its weights out.*--weights embedded, or .*"
-        "--gpu a10,a10g --weights external --out DIR; mistral-trt build ONNX_DIR --gpu l4 --weights external"
+        r"several compute capabilities \(8.6, 8.9\) cannot leave its weights out: .*; use --weights "
+        "embedded, or build one engine for each compute capability: "
+        "mistral-trt build ONNX_DIR --gpu a10,a10g --flavor tensorrt-rtx --weights external "
+        "--max-batch-size 2 --out DIR; mistral-trt build ONNX_DIR --gpu l4 --flavor tensorrt-rtx "
+        "--weights external --max-batch-size 2 --out DIR$"
     )
     for start in (build_engine, dry_run):
         with pytest.raises(BuildError, match=message):

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,8 +49,9 @@ INSTALLED = {
     "nvidia-modelopt": "0.47.1",
     "gguf": "0.19.0",
 }
-A10G = Device("NVIDIA A10G", 24_146_608_128, "580.82.07", "8.6")
-H100 = Device("NVIDIA H100 80GB HBM3", 85_520_809_984, "580.82.07", "9.0")
+A10G = Device("NVIDIA A10G", 24_146_608_128, "580.82.07", "8.6", "GPU-8a1f")
+H100 = Device("NVIDIA H100 80GB HBM3", 85_520_809_984, "580.82.07", "9.0", "GPU-9b2e")
+L4 = Device("NVIDIA L4", 24_152_899_584, "580.82.07", "8.9", "GPU-8a77")
 
 
 class Machine:
@@ -216,6 +218,8 @@ def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], LocalDevices]:
     """The devices with this shell script as nvidia-smi."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     def answer(script: str) -> LocalDevices:
@@ -240,8 +244,10 @@ def test_without_nvidia_smi_there_is_no_gpu_and_no_problem(
 
 
 def test_gpus_are_read_from_nvidia_smi(smi: Callable[[str], LocalDevices]) -> None:
-    found = smi(query("NVIDIA A10G, 23028, 580.82.07, 8.6\\nNVIDIA GB10, [N/A], 580.82.07, 12.1\\n"))
-    assert found.devices == (A10G, Device("NVIDIA GB10", None, "580.82.07", "12.1"))
+    found = smi(
+        query("NVIDIA A10G, 23028, 580.82.07, 8.6, GPU-8a1f\\nNVIDIA GB10, [N/A], 580.82.07, 12.1, GPU-0b\\n")
+    )
+    assert found.devices == (A10G, Device("NVIDIA GB10", None, "580.82.07", "12.1", "GPU-0b"))
     assert (found.cuda, found.problem) == ("13.0", None)
 
 
@@ -252,7 +258,7 @@ def test_gpus_are_read_from_nvidia_smi(smi: Callable[[str], LocalDevices]) -> No
 def test_the_drivers_cuda_is_in_the_header(
     smi: Callable[[str], LocalDevices], header: str, cuda: str | None
 ) -> None:
-    assert smi(query("NVIDIA L4, 23034, 570.1, 8.9\\n", header)).cuda == cuda
+    assert smi(query("NVIDIA L4, 23034, 570.1, 8.9, GPU-1\\n", header)).cuda == cuda
 
 
 @pytest.mark.parametrize(
@@ -266,9 +272,9 @@ def test_the_drivers_cuda_is_in_the_header(
         ("exit 6", "nvidia-smi ended with status 6"),
         (
             query("No devices were found\\n"),
-            "expected name, memory, driver and compute capability, found 'No",
+            "expected name, memory, driver, compute capability and UUID, found 'No",
         ),
-        (query("NVIDIA L4, 23034, 570.1, [N/A]\\n"), "found 'NVIDIA L4, 23034, 570.1, .N/A.'"),
+        (query("NVIDIA L4, 23034, 570.1, [N/A], GPU-1\\n"), "found 'NVIDIA L4, 23034, 570.1, .N/A., GPU-1'"),
     ],
 )
 def test_a_broken_nvidia_smi_is_a_problem_and_not_a_crash(
@@ -284,6 +290,94 @@ def test_an_nvidia_smi_that_hangs_is_a_problem(
 ) -> None:
     monkeypatch.setattr(devices, "_TIMEOUT_S", 0.2)
     assert "timed out" in (smi("exec sleep 20").problem or "")
+
+
+# --- what CUDA sees of them ------------------------------------------------------------------------------
+
+TWIN = replace(A10G, uuid="GPU-8a2f")
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        (None, [A10G, TWIN]),
+        ("0,1", [A10G, TWIN]),
+        ("1,0", [TWIN, A10G]),
+        ("1", [TWIN]),
+        (" 1 , 0 ", [TWIN, A10G]),
+        ("1gpu", [TWIN]),
+        ("", []),
+        ("-1", []),
+        ("2", []),
+        ("1,2,0", [TWIN]),
+        ("0,-1,1", [A10G]),
+        ("0,0", []),
+        ("none", []),
+        ("GPU-8a1f", [A10G]),
+        ("GPU-8a2", [TWIN]),
+        ("GPU-8a2f,GPU-8a1f", [TWIN, A10G]),
+        ("GPU-8a", []),
+        ("GPU-8a2f,GPU-8a2f", []),
+        ("GPU-8a1f,1", [A10G]),
+        ("0,GPU-8a2f", [A10G]),
+    ],
+)
+def test_cuda_sees_what_it_is_told_to(visible: str | None, seen: list[Device]) -> None:
+    found = devices.visible_devices([A10G, TWIN], visible)
+    assert list(found.devices) == seen
+    assert set(found.hidden) == {A10G, TWIN} - set(seen)
+    assert found.uncertain is None, "of GPUs that are alike it does not matter which is which"
+
+
+@pytest.mark.parametrize("visible", [None, "0", "1,0", "GPU-8a1f", "GPU-8a77,GPU-8a1f", "", "5"])
+@pytest.mark.parametrize("order", [None, "FASTEST_FIRST", "PCI_BUS_ID"])
+def test_an_index_among_different_gpus_means_one_only_in_the_order_of_the_bus(
+    visible: str | None, order: str | None
+) -> None:
+    found = devices.visible_devices([A10G, L4], visible, order)
+    known = order == "PCI_BUS_ID" or visible in ("", "5") or (visible or "").startswith("GPU-")
+    assert (found.uncertain is None) == known
+    if not known:
+        assert found.devices == (A10G, L4) and "NVIDIA A10G, NVIDIA L4" in (found.uncertain or "")
+    elif visible == "1,0":
+        assert found.devices == (L4, A10G)
+
+
+def test_a_slice_stands_for_its_gpu_with_memory_nobody_knows(smi: Callable[[str], LocalDevices]) -> None:
+    both = [A10G, L4]
+    slices = {"GPU-8a1f": "GPU-8a1f", "MIG-11": "GPU-8a1f", "GPU-8a77": "GPU-8a77", "MIG-22": "GPU-8a77"}
+    expected = (replace(L4, memory_bytes=None),)
+    for visible in ("MIG-22", "MIG-22,MIG-11", "MIG-GPU-8a77/1/0"):
+        found = devices.visible_devices(both, visible, None, slices)
+        assert (found.devices, found.hidden, found.uncertain) == (expected, (A10G,), None)
+    assert devices.visible_devices(both, "MIG-33", None, slices).devices == ()
+
+
+def test_the_environment_counts_where_nvidia_smi_is_asked(
+    smi: Callable[[str], LocalDevices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "NVIDIA A10G, 23028, 580.82.07, 8.6, GPU-8a1f\\nNVIDIA L4, 23034, 580.82.07, 8.9, GPU-8a77\\n"
+    listed = "GPU 0: NVIDIA A10G (UUID: GPU-8a1f)\\nGPU 1: NVIDIA L4 (UUID: GPU-8a77)\\n"
+    listed += "  MIG 1g.5gb Device 0: (UUID: MIG-22)\\n"
+    script = f"""case "$*" in *query-gpu*) printf '{lines}';; -L) printf '{listed}';; *) echo;; esac"""
+    assert smi(script).uncertain is not None
+    for visible, seen in (("GPU-8a77", (L4,)), ("", ()), ("MIG-22", (replace(L4, memory_bytes=None),))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert smi(script).devices == seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert smi(script).devices == (L4,)
+
+
+def test_what_hides_a_gpu_is_told_with_the_command_that_shows_it(machine: Machine) -> None:
+    plugged_in(machine, A10G)
+    machine.local = devices.visible_devices([A10G, TWIN], "")
+    assert gaps(examine(), False)["CUDA_VISIBLE_DEVICES hides NVIDIA A10G, NVIDIA A10G"] == (
+        "unset CUDA_VISIBLE_DEVICES"
+    )
+    machine.local = devices.visible_devices([A10G, L4], "0")
+    found = {what: command for what, command in gaps(examine(), False).items() if "different GPUs" in what}
+    assert list(found.values()) == ["export CUDA_DEVICE_ORDER=PCI_BUS_ID"]
 
 
 # --- drivers --------------------------------------------------------------------------------------------
@@ -338,7 +432,8 @@ def test_without_a_gpu_all_that_rtx_targets_is_built_here() -> None:
         built = found["gpu"] not in ("h100", "h200")
         assert found["build"] == ("tensorrt-rtx" if built else None)
         assert found["fits"] is None
-        assert f"mistral-trt build ONNX_DIR --gpu {found['gpu']} --out DIR" in found["command"]
+        flavor = "" if built else " --flavor tensorrt"
+        assert f"mistral-trt build ONNX_DIR --gpu {found['gpu']}{flavor} --out DIR" in found["command"]
     assert row(report, "t4")["precisions"] == ("fp16", "int8-weight-only")
     assert "int8-weight-only" not in row(report, "h100")["precisions"], "full TensorRT gives no word on it"
 
@@ -414,6 +509,7 @@ def test_its_json_is_what_it_says(machine: Machine, capsys: pytest.CaptureFixtur
             "memory_bytes": A10G.memory_bytes,
             "driver": "580.82.07",
             "compute_capability": "8.6",
+            "uuid": "GPU-8a1f",
         }
     ]
     assert report["optional"] == {"tensorrt": None, "tensorrt-rtx": "1.7.1.116", "cuda-bindings": "13.0.1"}

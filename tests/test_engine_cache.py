@@ -335,6 +335,49 @@ def test_a_plan_over_the_limit_is_not_kept_and_pushes_nothing_out(
     assert found(cache, key()) == b"plan"
 
 
+def test_a_hit_under_a_smaller_limit_makes_room_too(cache: EngineCache) -> None:
+    builds = [key(onnx=name) for name in "abc"]
+    large = replace(cache, limit_bytes=100_000)
+    for build in builds:
+        keep(large, build, bytes(10_000))
+    aged(cache, *builds)
+    smaller = replace(cache, limit_bytes=25_000)
+    assert found(smaller, builds[0]) == bytes(10_000), "the oldest, until it is used"
+    kept = sorted(build.digest for build in (builds[0], builds[2]))
+    assert names(cache.folder) == [".lock", *kept]
+    assert found(smaller, builds[1]) is None
+
+
+def test_a_plan_that_is_over_the_limit_itself_is_used_once_more_and_leaves(cache: EngineCache) -> None:
+    built = keep(cache, key(), bytes(900))
+    assert found(replace(cache, limit_bytes=0), key()) == bytes(900)
+    assert names(cache.folder) == [".lock"]
+    assert built.read_bytes() == bytes(900), "the artifact's own file stays"
+
+
+def test_a_hit_within_the_limit_removes_nothing(cache: EngineCache) -> None:
+    builds = [key(onnx=name) for name in "ab"]
+    for build in builds:
+        keep(cache, build)
+    assert found(cache, builds[0]) == b"plan"
+    assert names(cache.folder) == [".lock", *sorted(build.digest for build in builds)]
+
+
+def test_a_cache_that_cannot_be_trimmed_still_serves(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mistral_trt")
+    for name in "ab":
+        keep(cache, key(onnx=name), bytes(900))
+
+    def refuse(entry: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(engine_cache, "_remove", refuse)
+    assert found(replace(cache, limit_bytes=1_000), key(onnx="a")) == bytes(900)
+    assert f"the plans in {cache.folder} take more than they may: " in caplog.text
+
+
 # --- what gets in the way -------------------------------------------------------------------------------
 
 

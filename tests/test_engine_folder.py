@@ -454,16 +454,74 @@ def test_a_machine_without_nvidia_smi_has_no_device(monkeypatch: pytest.MonkeyPa
     assert local_device() is None
 
 
-def test_the_first_gpu_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose nvidia-smi lists an A10G and an L4; returns the program."""
     tool = tmp_path / "nvidia-smi"
-    lines = ["NVIDIA A10G, 23028, 580.65.06, 8.6", "NVIDIA L4, 23034, 580.65.06, 8.9"]
+    lines = ["NVIDIA A10G, 23028, 580.65.06, 8.6, GPU-a10g", "NVIDIA L4, 23034, 580.65.06, 8.9, GPU-l4"]
     tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert local_device() == A10G
-    tool.write_text("#!/bin/sh\nexit 9\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "name"),
+    [
+        (None, "PCI_BUS_ID", "NVIDIA A10G"),
+        ("1,0", "PCI_BUS_ID", "NVIDIA L4"),
+        ("GPU-l4", None, "NVIDIA L4"),
+        ("GPU-l4,GPU-a10g", "FASTEST_FIRST", "NVIDIA L4"),
+        ("", None, None),
+        ("-1", None, None),
+        ("7,0", "PCI_BUS_ID", None),
+    ],
+)
+def test_the_gpu_is_the_first_that_cuda_sees(
+    two_gpus: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, order: str | None, name: str | None
+) -> None:
+    for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    found = local_device()
+    assert (found.name if found else None) == name
+
+
+def test_an_engine_is_held_to_the_gpu_that_is_visible(
+    tmp_path: Path, two_gpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_engine(tmp_path / "engine")
+    monkeypatch.setattr(engine_folder_module, "installed_version", lambda _: "1.7.1.116")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a10g")
+    check_engine_folder(folder, read_manifest(folder), local_device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-l4")
+    with pytest.raises(EngineMismatchError, match=r"this machine has NVIDIA L4 \(8.9\)"):
+        check_engine_folder(folder, read_manifest(folder), local_device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(EngineMismatchError, match="no NVIDIA GPU .*or CUDA_VISIBLE_DEVICES hides it"):
+        check_engine_folder(folder, read_manifest(folder), local_device)
+
+
+def test_of_different_gpus_it_is_not_guessed_which_comes_first(
+    tmp_path: Path, two_gpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_engine(tmp_path / "engine")
+    monkeypatch.setattr(engine_folder_module, "installed_version", lambda _: "1.7.1.116")
+    for visible, words in ((None, "which one CUDA takes first"), ("0", "which CUDA_VISIBLE_DEVICES=0 means")):
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(EngineMismatchError) as error:
+            check_engine_folder(folder, read_manifest(folder), local_device)
+        assert str(error.value) == (
+            f"this machine has different GPUs (NVIDIA A10G, NVIDIA L4), and {words} is not known unless "
+            "CUDA_DEVICE_ORDER is PCI_BUS_ID; run: export CUDA_DEVICE_ORDER=PCI_BUS_ID"
+        )
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    check_engine_folder(folder, read_manifest(folder), local_device)
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(two_gpus: Path) -> None:
+    two_gpus.write_text("#!/bin/sh\nexit 9\n")
     assert local_device() is None
-
-
-def test_the_flavours_are_the_distributions_names() -> None:
-    assert engine_folder_module.FLAVORS == ("tensorrt", "tensorrt-rtx")

@@ -215,7 +215,8 @@ class Playing:
 def play(stage: Stage, scenario: list[Actor]) -> list[Said]:
     """Run a scenario. The clients act at each call of the graph, on the scheduler's thread, and here while it
     sleeps."""
-    engine, said = stage.engine, []
+    engine = stage.engine
+    said: list[Said] = []
     playing = [Playing(actor) for actor in scenario]
     turn = threading.Lock()
     calls = 0

@@ -14,7 +14,10 @@ from onnx import TensorProto
 
 from mistral_trt.contract import QUANTIZED
 from mistral_trt.engines.build import build_engine
-from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.build_log import BuilderLog
+from mistral_trt.engines.builder.callbacks import make_logger
+from mistral_trt.engines.flavor import AUTO, RTX
+from mistral_trt.engines.gpu import find_gpu
 from mistral_trt.engines.network import placeholders as placeholders_module
 from mistral_trt.engines.network.parse import ParsedNetwork, parse_network
 from mistral_trt.engines.network.placeholders import (
@@ -27,7 +30,9 @@ from mistral_trt.engines.network.placeholders import (
 )
 from mistral_trt.engines.network.quantized import Wiring, read_quantization
 from mistral_trt.engines.planning import settle as settle_module
-from mistral_trt.engines.planning.settle import predict_budget, settle_weights
+from mistral_trt.engines.planning.settle import look_at_host, predict_budget, settle_weights
+from mistral_trt.engines.planning.wish import Wish
+from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
@@ -295,7 +300,8 @@ def test_weights_go_outside_by_themselves_where_the_build_does_not_fit(
     most = max(replace(budget, weights=kind).build_memory_bytes for kind in ("embedded", "external"))
 
     def settled(wanted: str) -> str:
-        return settle_weights(wanted, budget, fp16, tmp_path).weights
+        wish = Wish(TargetSet((find_gpu("a10g"),)), AUTO, RTX, wanted, budget)
+        return settle_weights(wish, look_at_host(fp16, tmp_path), tmp_path).weights
 
     monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: most)
     assert [settled(kind) for kind in ("auto", "embedded", "external")] == [

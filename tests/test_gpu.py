@@ -1,6 +1,8 @@
 """The GPU catalogue, what each GPU can run, and which TensorRT builds for it."""
 
 import io
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,18 +11,27 @@ from rich.console import Console
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.engines import flavor as flavors
 from mistral_trt.engines.__main__ import gpus
-from mistral_trt.engines.flavor import FULL, RTX, Flavor, choose_flavor, local_gpus
+from mistral_trt.engines.flavor import (
+    FULL,
+    RTX,
+    Flavor,
+    builders_here,
+    choose_flavor,
+    likely_flavor,
+    local_gpus,
+)
 from mistral_trt.engines.gpu import (
     RTX_TARGETS,
     GpuTarget,
     RtxSupport,
-    check_precision,
     find_gpu,
     load_catalogue,
     read_gpu,
 )
 from mistral_trt.engines.planning.settle import check_target
+from mistral_trt.engines.precision import check_precision
 from mistral_trt.engines.table import gpu_table
+from mistral_trt.engines.versions import install_command
 from mistral_trt.errors import BuildError, GpuError, MissingDependencyError
 
 KEYS = "a10 a100-40 a100-80 a10g h100 h200 l4 l40s rtx3090 rtx4090 rtx5090 t4".split()
@@ -165,11 +176,14 @@ LOWEST = {"fp16": 7.5, "bf16": 8.0, "int8": 8.0, "int8-weight-only": 7.5, "int4"
 @pytest.mark.parametrize("precision", LOWEST)
 def test_precisions_run_from_their_first_capability_on(precision: str) -> None:
     for gpu in load_catalogue().values():
-        if float(gpu.compute_capability) >= LOWEST[precision]:
-            check_precision(gpu, precision)
+        if precision == "int8-weight-only" and gpu.rtx_support is RtxSupport.IMPOSSIBLE:
+            with pytest.raises(GpuError, match="for INT4 alone"):
+                check_precision([gpu], precision)
+        elif float(gpu.compute_capability) >= LOWEST[precision]:
+            check_precision([gpu], precision)
         else:
             with pytest.raises(GpuError, match=f"cannot run {precision}, which needs compute capability"):
-                check_precision(gpu, precision)
+                check_precision([gpu], precision)
 
 
 def test_every_precision_but_fp32_has_a_first_capability() -> None:
@@ -207,7 +221,7 @@ def test_every_precision_but_fp32_has_a_first_capability() -> None:
 )
 def test_a_precision_the_hardware_lacks_is_refused(gpu: str, precision: str, message: str) -> None:
     with pytest.raises(GpuError) as error:
-        check_precision(find_gpu(gpu), precision)
+        check_precision([find_gpu(gpu)], precision)
     assert str(error.value) == message
 
 
@@ -220,7 +234,7 @@ def test_the_command_checks_a_precision(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_fp32_is_refused_with_the_reason() -> None:
     with pytest.raises(BuildError, match=r"cannot be built in fp32: TensorRT has no fused float32 attention"):
-        check_precision(find_gpu("a10g"), "fp32")
+        check_precision([find_gpu("a10g")], "fp32")
 
 
 @pytest.fixture
@@ -263,7 +277,8 @@ def test_h100_without_full_tensorrt_is_told_what_to_do(machine: type[Machine], w
         choose_flavor(find_gpu("h100"), wanted)
     assert str(error.value) == (
         "TensorRT-RTX cannot build for NVIDIA H100 SXM (SM90); on a machine whose GPU is an NVIDIA H100 SXM, "
-        "run: pip install tensorrt && mistral-trt build ONNX_DIR --gpu h100 --flavor tensorrt --out DIR"
+        "run: pip install 'tensorrt>=11.0' && mistral-trt build ONNX_DIR --gpu h100 --flavor tensorrt "
+        "--out DIR"
     )
 
 
@@ -282,9 +297,8 @@ def test_full_tensorrt_asked_for_elsewhere_offers_rtx(machine: type[Machine]) ->
 
 
 def test_full_tensorrt_asked_for_and_not_installed(machine: type[Machine]) -> None:
-    with pytest.raises(
-        MissingDependencyError, match="full TensorRT is not installed; run: pip install tensorrt"
-    ):
+    message = "full TensorRT is not installed; run, .* GPU: pip install 'tensorrt>=11.0'$"
+    with pytest.raises(MissingDependencyError, match=message):
         choose_flavor(find_gpu("a10g"), "tensorrt")
 
 
@@ -313,23 +327,48 @@ def test_auto_builds_int8_weight_only_where_rtx_is_what_there_is(machine: type[M
     assert check_target("a10g", "int8-weight-only")[1] == RTX
 
 
+@pytest.mark.parametrize("wanted", ["auto", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("installed", [{RTX.name}, {FULL.name}, {RTX.name, FULL.name}])
+@pytest.mark.parametrize("here", [[], ["NVIDIA A10G"], ["NVIDIA H200"] * 2, ["NVIDIA A10G", "NVIDIA L4"]])
+def test_who_builds_here_is_who_is_chosen(
+    machine: type[Machine], wanted: str, installed: set[str], here: list[str]
+) -> None:
+    machine.installed, machine.gpus = installed, here
+    gpus = load_catalogue().values()
+    builders = builders_here(gpus, wanted)
+    for gpu in gpus:
+        try:
+            chosen = choose_flavor(gpu, wanted)
+        except (GpuError, MissingDependencyError):
+            assert gpu.key not in builders
+            continue
+        assert likely_flavor(gpu, wanted) == chosen
+        assert builders.get(gpu.key) == (chosen if chosen.installed else None)
+
+
 def test_a_flavor_that_does_not_exist(machine: type[Machine]) -> None:
     with pytest.raises(GpuError, match="flavor must be one of auto, tensorrt, tensorrt-rtx, found 'trt'"):
         choose_flavor(find_gpu("a10g"), "trt")
 
 
-def test_a_flavor_that_is_missing_names_the_extra() -> None:
-    with pytest.raises(MissingDependencyError, match=r"pip install 'mistral-trt\[engines\]'"):
-        Flavor("nosuch", "nosuch_tensorrt").load()
+@pytest.mark.parametrize("flavor", [FULL, RTX])
+def test_a_flavor_that_is_missing_says_what_brings_it(flavor: Flavor) -> None:
+    message = f"this needs {flavor.name}, which is not installed; run: {install_command(flavor.name)}"
+    with pytest.raises(MissingDependencyError, match=f"^{re.escape(message)}$"):
+        replace(flavor, module="nosuch_tensorrt").load()
 
 
 def test_local_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert local_gpus() == []
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA A10G, 23028, 580, 8.6'\necho 'NVIDIA L4, 23034, 580, 8.9'\n")
+    lines = ("NVIDIA A10G, 23028, 580, 8.6, GPU-1", "NVIDIA L4, 23034, 580, 8.9, GPU-2")
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     assert local_gpus() == ["NVIDIA A10G", "NVIDIA L4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-2")
+    assert local_gpus() == ["NVIDIA L4"], "full TensorRT builds for the GPU that CUDA sees"
     tool.write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
     assert local_gpus() == []
 
@@ -347,6 +386,7 @@ def test_the_table_is_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> Non
         row = next(line for line in out.splitlines() if line.split()[:1] == [gpu.key])
         for part in cells(gpu):
             assert part in row
+        assert not gpu.aliases or f"  {gpu.key}: {', '.join(gpu.aliases)}\n" in out
 
 
 def cells(gpu: GpuTarget) -> list[str]:
@@ -365,4 +405,4 @@ def test_the_table_cuts_no_figure_on_a_narrow_terminal() -> None:
 @pytest.mark.parametrize("precision", ["nonsense", "int9", ""])
 def test_a_precision_that_does_not_exist_lists_those_that_do(precision: str) -> None:
     with pytest.raises(BuildError, match="one of fp16, bf16, int8, int8-weight-only, int4, fp8, fp32, found"):
-        check_precision(find_gpu("a10g"), precision)
+        check_precision([find_gpu("a10g")], precision)

@@ -16,9 +16,12 @@ import pytest
 
 from mistral_trt.devices import Device
 from mistral_trt.engines.gpu import find_gpu
+from mistral_trt.engines.planning.budget import predict
+from mistral_trt.engines.planning.roofline import decode_ceiling, prompt_seconds
 from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import engine_folder
+from mistral_trt.runtime.cache import RollingCache
 from tests.models import write_checkpoint
 from tests.simulated import tensorrt as doubles
 from tests.simulated.folder import Machine, machine, write_engine_folder
@@ -151,18 +154,75 @@ def test_bfloat16_rings_are_numbers_to_the_probes(bench: Any) -> None:
     assert numbers.contract == "its"
 
 
-def test_the_speed_has_every_batch_and_its_ceiling(
+def test_the_speed_has_every_batch_beside_its_rooflines(
     bench: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.checks, "TIMED_STEPS", 3)
     found = bench.checks.speed(loaded)
-    batches = {key for key in found if key.startswith("tokens_per_s_b") and not key.endswith("graph")}
-    assert batches == {"tokens_per_s_b1", "tokens_per_s_b2", "tokens_per_s_b3"}
-    assert found["prompt_tokens"] == 8 and found["first_token_ms"] > 0
-    assert found["predicted_decode_tokens_per_s"] == 1e4
-    best = max(found["tokens_per_s_b3"], found["tokens_per_s_b3_graph"])
-    assert found["share_of_decode_all_rows_tokens_per_s"] == round(best / 3e4, 3)
-    assert "predicted ceiling at B=1: 10000" in found["log"][0]
+    assert [figures["batch"] for figures in found["batches"]] == [1, 2, 3]
+    assert found["prompt_tokens"] == 8 and len(found["log"]) == 3
+    contract, weights = loaded.manifest.contract, loaded.manifest.details["predicted"]["weights_bytes"]
+    budget, gpu = predict(contract, weights), find_gpu("a10g")
+    prompt_ms = 1e3 * prompt_seconds(budget, gpu, 8)
+    for figures in found["batches"]:
+        batch, best = figures["batch"], max(figures["tokens_per_s"], figures["tokens_per_s_graph"])
+        ceiling = decode_ceiling(budget, gpu, batch)
+        assert figures["decode_roofline_tokens_per_s"] == round(ceiling, 1)
+        assert figures["decode_percent"] == round(100 * best / ceiling, 1)
+        assert 0 < figures["first_token_ms"] <= figures["every_first_token_ms"]
+        assert figures["first_token_roofline_ms"] == round(prompt_ms, 3)
+        assert figures["every_first_token_roofline_ms"] == round(batch * prompt_ms, 3)
+        share = 100 * prompt_ms / figures["first_token_ms"]
+        assert figures["first_token_percent"] == round(share, 1)
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_prompts_that_arrive_together_are_timed_from_their_arrival(
+    bench: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    clock, fed = Clock(), []
+    append = RollingCache.append
+
+    def slow(cache: RollingCache, row: int, tokens: Any) -> Any:
+        fed.append((row, len(tokens)))
+        clock.now += 2.0
+        return append(cache, row, tokens)
+
+    monkeypatch.setattr(bench.checks, "time", clock)
+    monkeypatch.setattr(RollingCache, "append", slow)
+    prompt = loaded.tokens().ids[:8]
+    assert bench.checks.first_tokens(loaded, prompt, batch) == (2000.0, 2000.0 * batch)
+    assert fed == [(row, 8) for row in range(batch)] * (1 + bench.checks.TIMED_PROMPTS)
+
+
+def test_each_batch_has_its_own_roofline(bench: Any, loaded: Any) -> None:
+    """Twice the time for the same rows is half the percentage."""
+    figures = {"batch": 2, "tokens_per_s": 10.0, "tokens_per_s_graph": 20.0}
+    times = {"first_token_ms": 1.0, "every_first_token_ms": 4.0}
+    slower = {"first_token_ms": 2.0, "every_first_token_ms": 8.0}
+    one, two = (bench.checks.beside(loaded.manifest, 8, {**figures, **both}) for both in (times, slower))
+    for name in ("first_token_percent", "every_first_token_percent"):
+        assert two[name] == pytest.approx(one[name] / 2, abs=0.1)
+    assert one["every_first_token_roofline_ms"] == pytest.approx(2 * one["first_token_roofline_ms"], abs=2e-3)
+    assert one["decode_percent"] == two["decode_percent"]
+
+
+def test_the_report_shows_each_measurement_beside_its_roofline(bench: Any) -> None:
+    figures = {name: float(10 + index) for index, (_, name) in enumerate(bench.report.SPEEDS)}
+    step = {"name": "speed, x", "figures": {"prompt_tokens": 4096, "batches": [{**figures, "batch": 8}]}}
+    page = "".join(bench.report._speeds(step))
+    cells = re.findall(r'<td class="number">([\d.,]+)</td>', page)
+    assert cells == ["8", *(f"{10.0 + index}" for index in range(1, len(bench.report.SPEEDS)))]
+    assert page.count("predicted roofline") == 3 and "Prompts of 4096 tokens arrive together" in page
 
 
 # --- the steps -----------------------------------------------------------------------------------------
@@ -199,7 +259,7 @@ def test_on_the_gpu_every_step_is_done(bench: Any, prepared: Any, simulated: Mac
     assert list(states)[3:] == [f"{name}, tensorrt-rtx" for name, _ in bench.acceptance.GPU_STEPS]
     assert json.loads((prepared.job.out / "gpu-report.json").read_text()) == report
     page = (prepared.job.out / "gpu-report.html").read_text()
-    assert '<h1 class="passed">Passed: every step ran' in page and "tokens_per_s_b3_graph" in page
+    assert '<h1 class="passed">Passed: every step ran' in page and "<h2>speed, tensorrt-rtx</h2>" in page
     assert "prefers-color-scheme: dark" in page and "http" not in page
     assert simulated.device.leaks() == {}
 
@@ -259,6 +319,19 @@ def test_the_command_line_prints_the_steps_and_returns_the_status(
     monkeypatch.setattr(bench.acceptance, "accept", lambda job: report)
     assert bench.acceptance.main(["model", "--gpu", "a10g", "--out", "there"]) == 3
     assert capsys.readouterr().out == "done      export  1 GB\nneeds-gpu: there/gpu-report.html\n"
+
+
+def test_a_machine_that_does_not_say_which_gpu_comes_first_is_a_usage_error(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ("NVIDIA A10G, 23028, 580, 8.6, GPU-1", "NVIDIA L4, 23034, 580, 8.9, GPU-2")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    assert bench.acceptance.main(["model", "--gpu", "a10g", "--out", str(tmp_path / "o")]) == 2
+    assert "run: export CUDA_DEVICE_ORDER=PCI_BUS_ID" in capsys.readouterr().err
 
 
 def test_an_unknown_gpu_is_a_usage_error(bench: Any, tmp_path: Path, capsys: Any) -> None:

@@ -75,9 +75,9 @@ def test_links_need_one_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source, out = tmp_path / "onnx", tmp_path / "elsewhere" / "engine"
     source.mkdir()
     out.parent.mkdir()
-    assert can_link(source, out)
+    assert can_link(source, out) and can_link(out, source), "what does not exist yet will be where it can be"
     real = Path.stat
     other = SimpleNamespace(st_dev=-1)
     monkeypatch.setattr(Path, "stat", lambda path, **kw: other if path == out.parent else real(path, **kw))
-    monkeypatch.setattr(Path, "exists", lambda path: path == out.parent)
+    monkeypatch.setattr(Path, "exists", lambda path: path in (source, out.parent))
     assert not can_link(source, out)

@@ -120,6 +120,32 @@ def loaded(root: Path, start: list[str], packages: set[str]) -> list[tuple[str, 
     return found
 
 
+def circles(root: Path, stage: str) -> list[list[str]]:
+    """Parts of a stage that import each other in circles: for each such part the shortest way round.
+
+    A part is a sub-package, or a module that is in none; what a stage's `__init__` exports is no part of it.
+    """
+    edges: dict[str, set[str]] = {}
+    for name, path in modules(root).items():
+        if stage_of(name) == stage and len(name.split(".")) > 2:
+            found = {target for _, target, _ in imports(path.read_text()) if stage_of(target) == stage}
+            parts = {target.split(".")[2] for target in found if len(target.split(".")) > 2}
+            own = name.split(".")[2]
+            edges.setdefault(own, set()).update(parts - {own})
+
+    circles = []
+    for part in sorted(edges):
+        ways, seen = [[part]], {part}
+        for way in ways:  # grows as it goes
+            if part in edges.get(way[-1], ()):
+                circles.append([*way, part])
+                break
+            new = sorted(edges.get(way[-1], set()) - seen)
+            ways += [[*way, target] for target in new]
+            seen.update(new)
+    return circles
+
+
 def undeclared(root: Path) -> list[str]:
     """Third-party modules that a stage imports and that neither the package nor its extra asks for."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
@@ -164,6 +190,11 @@ def test_the_modules_are_found() -> None:
 
 def test_the_layers_hold() -> None:
     assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize("stage", ["engines", "runtime", "validate"])
+def test_the_parts_of_a_stage_do_not_import_each_other_in_circles(stage: str) -> None:
+    assert circles(ROOT, stage) == []
 
 
 @pytest.mark.parametrize("start", ["mistral_trt.export.__main__", "mistral_trt.export.quantization.recipe"])
@@ -224,6 +255,23 @@ def test_a_planted_violation_is_found(tree: Path, file: str, text: str, words: s
         source.write(f"\n{text}\n")
     found = violations(tree)
     assert found[0].startswith(f"{file}:") and words in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "circle"),
+    [
+        ("network/parse.py", "from mistral_trt.engines.builder.callbacks import x", ["builder", "network"]),
+        ("network/audit.py", "import mistral_trt.engines.planning.budget", ["network", "planning"]),
+        ("builder/api.py", "import mistral_trt.engines.planning.settle", None),
+        ("targets.py", "from mistral_trt.engines.planning import wish", ["planning", "targets"]),
+        ("gpu.py", "def f():\n    import mistral_trt.engines.flavor", ["flavor", "gpu"]),
+    ],
+)
+def test_a_planted_circle_is_found(tree: Path, file: str, line: str, circle: list[str] | None) -> None:
+    with (tree / "engines" / file).open("a") as source:
+        source.write(f"\n{line}\n")
+    found = circles(tree, "engines")
+    assert ([*circle, circle[0]] in found) if circle else found == []
 
 
 def test_what_is_allowed_is_not_reported(tree: Path) -> None:

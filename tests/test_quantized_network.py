@@ -14,7 +14,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mistral_trt.contract import Ring
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.build import build_engine
-from mistral_trt.engines.builder.callbacks import BuilderLog, make_logger
+from mistral_trt.engines.build_log import BuilderLog
+from mistral_trt.engines.builder.callbacks import make_logger
 from mistral_trt.engines.builder.plan import Plan, build_plan, warn_of_waste
 from mistral_trt.engines.network.parse import parse_network, profile_ranges
 from mistral_trt.engines.network.quantized import Quantization, audit_quantized, carried, read_quantization

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from mistral_trt.cli import COMMANDS
+from mistral_trt.engines import gpu as gpu_module
+from mistral_trt.engines.gpu import find_gpu, load_catalogue
+from mistral_trt.engines.targets import parse_gpus
+from mistral_trt.errors import GpuError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from tests.models import write_checkpoint, write_tokenizer
 
@@ -58,11 +62,15 @@ def tree(tmp_path: Path) -> Path:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "engines" / "gpus", tmp_path / "engines" / "gpus")
+    (tmp_path / "src" / "mistral_trt").mkdir(parents=True)
+    for name in ("engines/gpu.py", "src/mistral_trt/__init__.py", "src/mistral_trt/errors.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 def make(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    command = ["make", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_help_and_clean_install_nothing(tree: Path) -> None:
@@ -110,9 +118,51 @@ def test_several_gpus_are_an_engine_each_or_one_for_all(tree: Path, gpus: str) -
 
 
 @pytest.mark.parametrize("gpus", ["", "nosuch", "a10g nosuch", "nosuch,l4"])
-def test_one_unknown_gpu_among_several_is_refused(tree: Path, gpus: str) -> None:
+@pytest.mark.parametrize("target", ["engine", "gpu-acceptance"])
+def test_one_unknown_gpu_among_several_is_refused(tree: Path, gpus: str, target: str) -> None:
     unknown = "nosuch" if gpus else ""
-    assert f"unknown GPU '{unknown}'; known: a10 " in make(tree, "engine", f"GPU={gpus}").stderr
+    assert f"unknown GPU '{unknown}'; known are a10, a100-40" in make(tree, target, f"GPU={gpus}").stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "keys"),
+    [
+        ("4090", "rtx4090"),
+        ("NVIDIA A10G", "a10g"),
+        ("rtx 4090,NVIDIA L4 t4", "rtx4090,l4 t4"),
+        ("a10g, l4", "a10g,l4"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+    ],
+)
+def test_make_takes_every_name_that_the_command_takes(tree: Path, gpus: str, keys: str) -> None:
+    assert f"for gpu in {keys}; do" in make(tree, "--dry-run", "engine", f"GPU={gpus}").stdout
+    found = [target.key for target in parse_gpus(gpus)]
+    assert found == keys.replace(",", " ").split()
+
+
+@pytest.mark.parametrize(
+    "alias", [name for gpu in load_catalogue().values() for name in (gpu.name, *gpu.aliases)]
+)
+def test_make_and_the_command_say_the_same_of_every_name(
+    alias: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ "a100" is two GPUs: both ask which."""
+    status = gpu_module.main([alias])
+    said = capsys.readouterr().out.strip()
+    try:
+        assert (status, said) == (0, find_gpu(alias).key)
+    except GpuError as error:
+        assert (status, said) == (2, str(error))
+
+
+def test_a_name_that_two_gpus_have_stops_make_with_the_question(tree: Path) -> None:
+    assert "GPU 'a100' is ambiguous: say a100-40 or a100-80" in make(tree, "engine", "GPU=a100").stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_names_are_looked_up_by_a_python_that_can(tree: Path) -> None:
+    result = make(tree, "engine", "GPU=4090", "PYTHON=nosuch-python")
+    assert result.returncode != 0 and "Python 3.11 or newer is needed" in result.stderr
 
 
 def test_an_engine_for_several_gpus_has_a_folder_of_its_own(tree: Path) -> None:

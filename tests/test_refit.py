@@ -301,6 +301,17 @@ def test_an_engine_with_its_weights_inside_is_refused(
         refit_engine(tmp_path / "engine", folders(seed=1))
 
 
+def test_a_plan_for_several_gpus_is_not_sent_to_external_weights(
+    stand_in: None, folders: Folder, tmp_path: Path
+) -> None:
+    """TensorRT-RTX has no such plan: what is to be run instead is accepted."""
+    build_engine(folders(), "l4,a10g", tmp_path / "engine")
+    with pytest.raises(BuildError, match=r"mistral-trt build .* --gpu a10g,l4 --out DIR$") as error:
+        refit_engine(tmp_path / "engine", folders(seed=1))
+    assert "--weights external" not in str(error.value)
+    build_engine(folders(seed=1), "a10g,l4", tmp_path / "again")
+
+
 def alter(path: Path) -> None:
     """Change a byte in a copy, so that files that share it keep theirs."""
     data = bytearray(path.read_bytes())

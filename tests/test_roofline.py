@@ -7,7 +7,13 @@ import pytest
 from mistral_trt.contract import plan_contract
 from mistral_trt.engines.gpu import find_gpu, load_catalogue
 from mistral_trt.engines.planning.budget import Budget, predict
-from mistral_trt.engines.planning.roofline import ceilings, read_bytes, token_seconds
+from mistral_trt.engines.planning.roofline import (
+    ceilings,
+    decode_ceiling,
+    prompt_seconds,
+    read_bytes,
+    token_seconds,
+)
 from mistral_trt.engines.planning.sizes import quantized_linear_bytes
 from tests.test_budget import FLOAT_BYTES, MISTRAL_7B
 
@@ -54,6 +60,31 @@ def test_prefill_is_bound_by_the_matrix_units_when_chunks_are_long() -> None:
     assert token_seconds(long, gpu) == pytest.approx(operations / 70e12)
     assert ceilings(long, gpu).prefill_tokens_per_s == pytest.approx(70e12 / operations)
     assert ceilings(short, gpu).prefill_tokens_per_s == pytest.approx(8 * 600e9 / read_bytes(short, 1))
+
+
+def test_a_prompt_takes_as_long_as_its_chunks() -> None:
+    gpu, budget = find_gpu("a10g"), budget_7b(chunk=256)
+    keys = sum(range(1, 257))
+    attention = 4 * 32 * 32 * 128 * keys
+    assert prompt_seconds(budget, gpu, 256) == pytest.approx((256 * LINEARS + attention) / 70e12)
+    reading = read_bytes(budget, 1) / 600e9
+    assert prompt_seconds(budget, gpu, 1) == pytest.approx(reading), "one token is bound by the weights"
+    assert prompt_seconds(budget, gpu, 257) == pytest.approx(prompt_seconds(budget, gpu, 256) + reading)
+
+
+def test_no_prompt_is_faster_than_its_tokens_at_the_ceiling_once_the_window_is_full() -> None:
+    gpu, budget = find_gpu("a10g"), budget_7b(chunk=256)
+    seconds = prompt_seconds(budget, gpu, 8192) - prompt_seconds(budget, gpu, 4096)
+    assert 4096 / seconds == pytest.approx(ceilings(budget, gpu).prefill_tokens_per_s)
+    assert prompt_seconds(budget, gpu, 4096) < seconds, "its first tokens have less to attend to"
+
+
+def test_decode_ceilings_are_those_of_the_manifest() -> None:
+    budget, gpu = budget_7b(rows=8), find_gpu("a10g")
+    found = ceilings(budget, gpu)
+    assert decode_ceiling(budget, gpu, 1) == found.decode_tokens_per_s
+    assert decode_ceiling(budget, gpu, 8) == found.decode_all_rows_tokens_per_s
+    assert found.decode_tokens_per_s < decode_ceiling(budget, gpu, 4) < found.decode_all_rows_tokens_per_s
 
 
 @pytest.mark.parametrize(

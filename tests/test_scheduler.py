@@ -502,8 +502,10 @@ def test_nan_in_two_rows_of_one_request_ends_it_once(engine: Engine, backend: To
     stream = engine.stream(prompt(2), greedy(30, n=3))
     next(stream)
     backend.after = lambda step, logits: logits.fill(np.nan)
-    with pytest.raises(NonFiniteLogitsError):
+    with pytest.raises(NonFiniteLogitsError, match="row.s. 0;"):
         list(stream)
+    left = [stream._items.get() for _ in range(stream._items.qsize())]
+    assert left == [None, None]  # the end, and the end for another thread that may be reading
     backend.after = lambda step, logits: None
     eventually(idle(engine))
     assert engine.metrics().requests_finished["error"] == 3
@@ -783,6 +785,7 @@ def test_logprobs_are_delivered_with_their_tokens(engine: Engine) -> None:
 def hammer(seconds: float, threads: int = 64) -> None:
     """Threads that ask, read and leave at random: whatever is read is right, and nothing stays behind."""
     backend = TokenBackend(token_contract(8))
+    engine = token_engine(backend, queue_size=20)
     wrong: list[object] = []
     answers = {seed: expected(backend.contract, prompt(1 + seed * 3, seed), 24) for seed in range(8)}
     deadline = time.monotonic() + seconds
@@ -807,7 +810,7 @@ def hammer(seconds: float, threads: int = 64) -> None:
             if found != answers[seed][: len(found)] or (leaves and len(found) != count):
                 wrong.append((seed, count, leaves, found))
 
-    with token_engine(backend, queue_size=20) as engine:
+    with engine:
         workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
         for worker in workers:
             worker.start()

@@ -89,8 +89,9 @@ def test_a_gpu_that_rtx_cannot_target_is_built_by_itself() -> None:
         group_targets(parse_gpus("l4,h100,a10g"), "fp16")
     assert str(error.value) == (
         "several GPUs share a plan of TensorRT-RTX, which cannot build for NVIDIA H100 SXM (SM90); "
-        "on a machine whose GPU is an NVIDIA H100 SXM, run: mistral-trt build ONNX_DIR --gpu h100 "
-        "--flavor tensorrt --out DIR; here, run: mistral-trt build ONNX_DIR --gpu a10g,l4 --out DIR"
+        "on a machine whose GPU is an NVIDIA H100 SXM, run: pip install 'tensorrt>=11.0' && mistral-trt "
+        "build ONNX_DIR --gpu h100 --flavor tensorrt --out DIR; here, run: mistral-trt build ONNX_DIR "
+        "--gpu a10g,l4 --flavor tensorrt-rtx --out DIR"
     )
 
 

@@ -27,6 +27,9 @@ trt = pytest.importorskip("tensorrt_rtx")
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text()
+NAMES = "src/mistral_trt/tensorrt_names.py"
+LISTS = ("engines/builder/api.py", "runtime/tensorrt/api.py")
+FOR_THE_BENCH = ("bench/build.py", "bench/process.py")  # what they measure, whatever it is called elsewhere
 LEAN, LEAN_PACKAGES = "tensorrt_lean_bindings", ("tensorrt_lean_cu13_bindings", "tensorrt_lean_cu13_libs")
 VARIABLES = {
     "builder": "Builder",
@@ -49,10 +52,11 @@ VARIABLES = {
 
 
 def sources(*stages: str) -> dict[str, str]:
-    """Modules that speak to TensorRT: path below the root → text."""
+    """Modules that speak to TensorRT, and the table of names they share: path below the root → text."""
     paths = [path for stage in stages for path in (ROOT / stage).rglob("*.py")]
-    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
-    return {name: text for name, text in texts.items() if re.search(r"\btrt: Any|\bnetwork: Any", text)}
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*paths, ROOT / NAMES]}
+    speak = r"\btrt: Any|\bnetwork: Any"
+    return {name: text for name, text in texts.items() if name == NAMES or re.search(speak, text)}
 
 
 def module_names(text: str) -> set[str]:
@@ -123,6 +127,21 @@ def test_what_the_engines_use_is_what_is_listed() -> None:
     assert {f"engines/{name}" for name in needed} <= set(texts)
     assert unlisted(texts, api) == set()
     assert unused(texts, api) == set()
+
+
+@pytest.mark.parametrize("word", ["tensorrt-rtx", "tensorrt_rtx", "HALF", "BF16", "FP8"])
+def test_tensorrts_words_are_spelled_once(word: str) -> None:
+    """But for the lists of its API, which are lists of words."""
+    folders = ("src/mistral_trt", "engines", "runtime", "validate", "export", "bench")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    dtype = word.isupper()
+    found = set()
+    for path in paths:
+        constants = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        name = path.relative_to(ROOT).as_posix()
+        if word in constants and name not in (*LISTS, *({} if dtype else FOR_THE_BENCH)):
+            found.add(name)
+    assert found == ({NAMES, "export/tensor_files.py"} if word == "BF16" else {NAMES})  # safetensors' BF16
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 from mistral_trt.contract import CACHE_DTYPES, GraphContract, Ring
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.build import build_engine
-from mistral_trt.engines.builder import versions
-from mistral_trt.engines.builder.versions import FEATURES, Feature, check_version, features_of, oldest_usable
 from mistral_trt.engines.flavor import FULL, RTX
+from mistral_trt.engines.versions import FEATURES, Feature, check_version, features_of, oldest_usable
 from mistral_trt.errors import BuildError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from tests.conftest import Folder
@@ -23,10 +22,6 @@ trt = pytest.importorskip("tensorrt_rtx")
 PROJECT = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
 CONTRACT = GraphContract(TINY, "fp16", Ring(8, 4), 1, None)
 PRECISIONS = tuple(CACHE_DTYPES)
-
-
-def test_the_names_of_the_flavors_are_theirs() -> None:
-    assert (versions.FULL, versions.RTX) == (FULL.name, RTX.name)
 
 
 def test_the_project_asks_for_the_version_that_has_it_all() -> None:

@@ -1,5 +1,5 @@
 """Network + targets → a plan in a file. Start at `plan`.
 
 `callbacks` are TensorRT's logger, progress monitor and writer; `compiled` reads its report; `api` lists every
-name of TensorRT that this package uses, and `versions` what each graph feature needs.
+name of TensorRT that this package uses.
 """

@@ -5,6 +5,8 @@ runtime too. Both TensorRTs have all of it, but for `RTX_ONLY`. Tests hold the l
 and to the installed packages.
 """
 
+from mistral_trt.tensorrt_names import RTX
+
 BUILDER: dict[str, tuple[str, ...]] = {
     "Builder": (
         "build_serialized_network_to_stream",
@@ -186,7 +188,7 @@ def listed(flavor: str) -> dict[str, tuple[str, ...]]:
     both = {**BUILDER, **BUILDER_ENUMS}
     for name, members in (*RUNTIME.items(), *RUNTIME_ENUMS.items()):
         both[name] = tuple(sorted({*both.get(name, ()), *members}))
-    if flavor == "tensorrt-rtx":
+    if flavor == RTX:
         return both
     return {
         name: tuple(member for member in members if f"{name}.{member}" not in RTX_ONLY)

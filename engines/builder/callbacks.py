@@ -7,67 +7,16 @@ that is chosen at run time, which is why each class is made by a function.
 
 import hashlib
 import logging
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
+from mistral_trt.engines.build_log import FAILURES, BuilderLog
 from mistral_trt.progress import Advance, note
 
 _LOG = logging.getLogger("mistral_trt")
-_FAILURES = ("INTERNAL_ERROR", "ERROR")
-_UNUSED = "Unused Input"
-
-
-class AllowedWarning(NamedTuple):
-    """A warning that does not fail a build.  said: whether the user gets to read it all the same."""
-
-    pattern: str
-    reason: str
-    said: bool
-
-
-ALLOWED_WARNINGS = (
-    AllowedWarning(
-        r"Make sure input \S+ has Int64 binding", "said of each int64 input, and int64 is what we bind", False
-    ),
-    AllowedWarning(
-        r"(?i)insufficient memory on requested size|Device memory is insufficient to use tactic",
-        "full TensorRT tries kernels on the GPU itself; one that does not fit there is left out, and what is "
-        "chosen instead is as right (github.com/NVIDIA/TensorRT-LLM/issues/493)",
-        True,
-    ),
-    AllowedWarning(
-        r"CUDA lazy loading is not enabled",
-        "a setting of the machine (CUDA_MODULE_LOADING) that costs memory and is not in the plan",
-        True,
-    ),
-)
-"""The first is the only one that tensorrt-rtx 1.7.1 prints in healthy builds, of any precision and GPU. The
-others depend on the machine, and only full TensorRT prints them."""
-
-
-@dataclass
-class BuilderLog:
-    """What TensorRT said: lines that fail a build, and the verbose ones the reports are read from."""
-
-    problems: list[str] = field(default_factory=list)
-    verbose: list[str] = field(default_factory=list)
-
-    def add(self, severity: str, message: str) -> None:
-        """TensorRT builds wrong engines after some errors and ignores an input it cannot use with only a
-        warning, so errors and warnings not known to be harmless are problems, whatever the build returns."""
-        allowed = [known for known in ALLOWED_WARNINGS if re.search(known.pattern, message)]
-        if severity in _FAILURES or _UNUSED in message:
-            self.problems.append(message)
-        elif severity != "WARNING":
-            self.verbose.append(message)
-        elif not allowed:
-            self.problems.append(f"{message} (a warning that is not known to be harmless)")
-        elif allowed[0].said:
-            _LOG.warning("TensorRT: %s", message)
 
 
 class _OneLogger:
@@ -85,7 +34,7 @@ class _OneLogger:
     def add(self, severity: str, message: str) -> None:
         if self.log is not None:
             self.log.add(severity, message)
-        elif severity in _FAILURES:
+        elif severity in FAILURES:
             _LOG.warning("TensorRT, outside of a build: %s", message)
 
 
@@ -195,7 +144,7 @@ class PlanSink:
     def __init__(self, file: BinaryIO, cancel: threading.Event) -> None:
         self.file, self.cancel = file, cancel
         self.digest, self.bytes = hashlib.sha256(), 0
-        self.error: OSError | None = None
+        self.error: OSError | ValueError | None = None
 
     def write(self, data: bytes) -> int:
         """Returns how many bytes were taken; TensorRT stops when that is not all of them."""
@@ -203,7 +152,7 @@ class PlanSink:
             return 0
         try:
             self.file.write(data)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the file was closed
             self.error = error
             return 0
         self.digest.update(data)

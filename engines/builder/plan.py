@@ -1,17 +1,18 @@
 """Decode graph + target → a TensorRT plan in a file, parsed, audited and built under a strict log."""
 
 import logging
+import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from mistral_trt.contract import GraphContract
+from mistral_trt.engines.build_log import BuilderLog
 from mistral_trt.engines.builder.callbacks import (
-    BuilderLog,
     PhaseTree,
     PlanSink,
     make_monitor,
@@ -31,6 +32,9 @@ from mistral_trt.progress import note, track
 from mistral_trt.weight_index import RefitWeight
 
 _WASTE = {"ring_copies": "copies whole rings", "weights_dequantized": "dequantizes whole weights"}
+_POLL_S = 0.2
+_STOPPING = "stopping the build at its next step"
+_STILL_STOPPING = "the build is stopping; TensorRT ends only between its steps, which can take a minute"
 _T = TypeVar("_T")
 _LOG = logging.getLogger("mistral_trt")
 
@@ -132,13 +136,38 @@ def warn_of_waste(plan: Plan) -> None:
 def interruptible(work: Callable[[], _T], cancel: threading.Event) -> _T:
     """Run `work` in a thread, so that Ctrl-C reaches us and not a callback of TensorRT's.
 
-    On Ctrl-C sets `cancel`, waits for `work` to end and raises KeyboardInterrupt.
+    On Ctrl-C sets `cancel`, waits for `work` to end and raises KeyboardInterrupt. It waits however often that
+    is pressed: TensorRT writes into a file that is closed, and a folder that is removed, when this returns.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work)
+    with ThreadPoolExecutor(max_workers=1) as pool, counted_interrupts() as pressed:
+        future, said = pool.submit(work), 0
         try:
-            return future.result()
-        except KeyboardInterrupt:
+            while wait([future], _POLL_S).not_done:
+                if len(pressed) > said:
+                    cancel.set()
+                    note(_STOPPING if said == 0 else _STILL_STOPPING)
+                    said = len(pressed)
+        except BaseException:  # of a handler of the program's own
             cancel.set()
-            note("stopping the build at its next step")
             raise
+    if pressed:
+        raise KeyboardInterrupt
+    return future.result()
+
+
+@contextmanager
+def counted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is added to the list and raises nothing.
+
+    Not where it means something else than KeyboardInterrupt, nor outside the main thread: that alone gets it.
+    """
+    pressed: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

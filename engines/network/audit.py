@@ -10,10 +10,9 @@ from mistral_trt.contract import GraphContract, TensorSpec
 from mistral_trt.engines.network.blame import blaming
 from mistral_trt.engines.network.quantized import Quantization, Wiring, audit_quantized
 from mistral_trt.errors import BuildError
+from mistral_trt.tensorrt_names import TRT_DTYPES
 
 _KEY, _VALUE = 1, 2  # inputs of IAttention; the mask has an accessor of its own
-
-_TRT_DTYPES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 _PRODUCTS = ("MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "DECONVOLUTION")
 """Types of layers that multiply matrices; Attention is looked at by itself."""
@@ -57,13 +56,13 @@ def audit_float32(network: Any, contract: GraphContract) -> str:
     One that slipped through costs four times the time and is easily missed: the plan is as right as before.
     Norms and rotary angles are float32 too, and meant to be, but multiply no matrices.
     """
-    wiring, cache = Wiring.of(network), _TRT_DTYPES[contract.cache_dtype]
-    if cache == "FLOAT":
+    wiring, cache = Wiring.of(network), TRT_DTYPES[contract.cache_dtype]
+    if contract.cache_dtype == "float32":
         return "every one, as the network is in float32"
     islands = 0
     for product in [layer for layer in wiring.layers if layer.type.name in _PRODUCTS]:
         operands = [product.get_input(i) for i in range(product.num_inputs)]
-        if all(operand.dtype.name != "FLOAT" for operand in operands):
+        if all(operand.dtype.name != TRT_DTYPES["float32"] for operand in operands):
             continue
         fault = _island_fault(wiring, product, operands, cache)
         if fault:
@@ -88,7 +87,7 @@ def attentions(trt: Any, network: Any) -> list[Any]:
 
 def _audit_tensors(kind: str, tensors: list[Any], specs: list[TensorSpec]) -> str:
     found = [(t.name, t.dtype.name, tuple(t.shape)) for t in tensors]
-    expected = [(s.name, _TRT_DTYPES[s.dtype], _open_shape(s)) for s in specs]
+    expected = [(s.name, TRT_DTYPES[s.dtype], _open_shape(s)) for s in specs]
     for have, want in zip(found, expected, strict=False):
         if have != want:
             raise BuildError(f"network {kind}: expected {want}, found {have}")

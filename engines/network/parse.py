@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from mistral_trt.contract import QUANTIZED, GraphContract, TensorSpec
-from mistral_trt.engines.builder.callbacks import BuilderLog
+from mistral_trt.engines.build_log import BuilderLog
 from mistral_trt.engines.network.audit import AuditReport, attentions, audit
 from mistral_trt.engines.network.blame import blame, blaming
 from mistral_trt.engines.network.graph_file import load_graph

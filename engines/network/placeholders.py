@@ -16,7 +16,9 @@ from mistral_trt.artifact import MANIFEST_NAME, link_file, require_space
 from mistral_trt.engines.network.graph_file import load_graph
 from mistral_trt.engines.network.quantized import Wiring
 from mistral_trt.errors import BuildError, ManifestError
+from mistral_trt.manifest import PLAN_NAME
 from mistral_trt.progress import note, track
+from mistral_trt.tensorrt_names import TRT_DTYPES
 from mistral_trt.weight_index import INDEX_NAME, RefitWeight, check_places, files_of
 
 EXTERNAL_FLAGS = ("STRIP_PLAN", "REFIT_INDIVIDUAL")
@@ -30,15 +32,7 @@ _ONNX_DTYPES: dict[int, str] = {
     onnx.TensorProto.INT4: "int4",
     onnx.TensorProto.FLOAT8E4M3FN: "float8_e4m3fn",
 }
-_TRT_DTYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int8": "INT8",
-    "int4": "INT4",
-    "float8_e4m3fn": "FP8",
-}
-_OWN_FILES = ("model.plan", INDEX_NAME, MANIFEST_NAME)
+_OWN_FILES = (PLAN_NAME, INDEX_NAME, MANIFEST_NAME)
 _PLAN_BASE_BYTES = 10_000_000
 _PLAN_LAYER_BYTES = 4_000_000
 # Measured: 5 to 10 MB for 2 layers of a 7B, 107 MB for 32 in int8, whose kernels are stored for each linear
@@ -167,7 +161,7 @@ def _refit_weight(tensor: onnx.TensorProto) -> RefitWeight:
 def _require_held(weights: Sequence[RefitWeight], constants: Mapping[str, Any]) -> None:
     """Each weight is a constant of the network, with the dtype and the shape of the graph's initializer."""
     for weight in weights:
-        expected, found = (_TRT_DTYPES[weight.dtype], weight.shape), None
+        expected, found = (TRT_DTYPES[weight.dtype], weight.shape), None
         if weight.name in constants:
             tensor = constants[weight.name].get_output(0)
             found = (tensor.dtype.name, tuple(tensor.shape))
@@ -180,7 +174,7 @@ def _require_held(weights: Sequence[RefitWeight], constants: Mapping[str, Any]) 
 
 def _replace(trt: Any, network: Any, wiring: Wiring, weight: RefitWeight, old: Any) -> None:
     old.__class__ = trt.IConstantLayer  # the bindings hand out the base class
-    dtype = getattr(trt.DataType, _TRT_DTYPES[weight.dtype])
+    dtype = getattr(trt.DataType, TRT_DTYPES[weight.dtype])
     layer = network.add_constant(weight.shape, trt.Weights(dtype, 0, weight.count))
     layer.name = placeholder_name(weight)
     # TensorRT takes weights by their address, and gives each empty constant one that no other has.

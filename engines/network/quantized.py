@@ -14,9 +14,10 @@ from typing import Any
 from mistral_trt.contract import QUANTIZED
 from mistral_trt.errors import BuildError, ManifestError
 from mistral_trt.manifest import Manifest
+from mistral_trt.tensorrt_names import TRT_DTYPES
 
-_TRT_CODES = {"int8": "INT8", "int4": "INT4", "float8_e4m3fn": "FP8"}
-"""ONNX dtype of codes → TensorRT's name of it."""
+_CODES = ("int8", "int4", "float8_e4m3fn")
+"""Dtypes that codes may have."""
 
 _EMBEDDINGS = ("lm_head.weight", "model.embed_tokens.weight")
 """Weights that need not be listed as kept to be multiplied with in the cache dtype."""
@@ -117,7 +118,7 @@ def read_quantization(source: Manifest) -> Quantization | None:
             f"the 'quantization' of the ONNX manifest cannot be read ({type(error).__name__}: {error}); "
             "export the checkpoint again"
         ) from error
-    known = quantization.weights in _TRT_CODES and quantization.activations in (None, *_TRT_CODES)
+    known = quantization.weights in _CODES and quantization.activations in (None, *_CODES)
     if named != precision or not known or not quantization.quantized:
         raise ManifestError(
             f"the 'quantization' of the ONNX manifest must be of {precision} with quantized linears, found "
@@ -149,7 +150,7 @@ def audit_quantized(network: Any, quantization: Quantization) -> None:
 
 def _product_of(wiring: Wiring, name: str, constant: Any, quantization: Quantization) -> Any:
     """The matrix product that a quantized weight is for."""
-    codes, found = _TRT_CODES[quantization.weights], constant.get_output(0).dtype.name
+    codes, found = TRT_DTYPES[quantization.weights], constant.get_output(0).dtype.name
     if found != codes:
         raise BuildError(f"{name}: expected {codes} codes in the network, found {found}")
     dequantize, index = wiring.only_reader(constant, name)
@@ -170,7 +171,7 @@ def _product_of(wiring: Wiring, name: str, constant: Any, quantization: Quantiza
 
 def _audit_input(wiring: Wiring, name: str, product: Any, activations: str | None) -> None:
     """The other operand is quantized, to `activations`, or it is not."""
-    expected = "float" if activations is None else _TRT_CODES[activations]
+    expected = "float" if activations is None else TRT_DTYPES[activations]
     found = "float"
     dequantize = wiring.maker(product.get_input(0), "SHUFFLE")
     if dequantize is not None and dequantize.type.name == "DEQUANTIZE":

@@ -1,16 +1,16 @@
-"""ONNX manifest + GPU → what a build and its engine will need, predicted, and whether that fits.
+"""ONNX manifest + GPU → what a build and its engine will need, predicted.
 
 Nothing here is measured when it is printed: `build_memory` and `sizes` say where their constants come from.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.engines.gpu import GpuTarget
-from mistral_trt.engines.planning.build_memory import EMBEDDED, EXTERNAL, BuildMemory, build_memory
+from mistral_trt.engines.planning.build_memory import BuildMemory, build_memory
 from mistral_trt.engines.planning.sizes import activation_bytes, logits_bytes
 from mistral_trt.errors import BuildError
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 RESERVE_BYTES = 1_600_000_000
 """What an engine cannot have of the total that nvidia-smi prints: 0.3 to 0.8 GB that the driver keeps (people
@@ -130,38 +130,6 @@ def predict(
 def usable_bytes(gpu: GpuTarget) -> int:
     """GPU memory an engine can have."""
     return gpu.memory_bytes - RESERVE_BYTES
-
-
-def check_host(budget: Budget, out: Path, *, memory_bytes: int, disk_bytes: int, linked: bool = True) -> None:
-    """Raise BuildError if this machine lacks the memory or the disk for the build, saying what would do.
-
-    linked: whether external weights can be hard-linked into `out`.
-    """
-    short = shortage(budget, memory_bytes=memory_bytes, disk_bytes=disk_bytes, linked=linked)
-    if short is None:
-        return
-    external = replace(budget, weights=EXTERNAL)
-    if budget.build_memory_bytes <= memory_bytes:
-        remedy = f"free some or choose another --out than {out}"
-    elif budget.weights == EMBEDDED and external.build_memory_bytes <= memory_bytes:
-        remedy = f"use --weights external, which needs {gigabytes(external.build_memory_bytes)}"
-    else:
-        remedy = "free some or build on a machine that has that much"
-    raise BuildError(f"{short}; {remedy}")
-
-
-def shortage(budget: Budget, *, memory_bytes: int, disk_bytes: int, linked: bool = True) -> str | None:
-    """What this machine lacks for the build, in words; None if nothing."""
-    if budget.build_memory_bytes > memory_bytes:
-        return (
-            f"predicted: the build needs {gigabytes(budget.build_memory_bytes)} of memory "
-            f"({build_parts(budget)}), and {gigabytes(memory_bytes)} is available"
-        )
-    needed = budget.disk_bytes(linked=linked)
-    if needed > disk_bytes:
-        what = "the plan needs" if linked or budget.weights == EMBEDDED else "the plan and its weights need"
-        return f"predicted: {what} {gigabytes(needed)} of disk, and {gigabytes(disk_bytes)} is free"
-    return None
 
 
 def build_parts(budget: Budget) -> str:

@@ -13,7 +13,7 @@ File-backed pages are not counted: the kernel takes them back.
 
 from dataclasses import dataclass
 
-EMBEDDED, EXTERNAL = "embedded", "external"
+from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 
 
 @dataclass(frozen=True)

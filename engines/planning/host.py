@@ -1,20 +1,38 @@
 """This machine → the memory and disk that a build may take of it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP_UNLIMITED = 1 << 60
 
 
+@dataclass(frozen=True)
+class Host:
+    """What a build may take of a machine.
+
+    disk_bytes: free where the engine folder will be.  linked: external weights can be hard links there.
+    copy_bytes: free where a copy of the plan is kept for the next build, on another disk; None without one.
+    copy_limit_bytes: a larger plan is not kept.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    linked: bool = True
+    copy_bytes: int | None = None
+    copy_limit_bytes: int = 0
+
+    def kept_copy_bytes(self, plan_bytes: int) -> int:
+        """What keeping a plan of this size takes of the other disk."""
+        return plan_bytes if self.copy_bytes is not None and plan_bytes <= self.copy_limit_bytes else 0
+
+
 def can_link(source: Path, out: Path) -> bool:
-    """Whether files of the folder `source` can probably be hard-linked into `out`, which need not exist yet.
+    """Whether files of one folder can probably be hard-linked into another; neither need exist yet.
 
     One filesystem is what is looked at; links it refuses all the same become copies when they are made.
     """
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    return source.stat().st_dev == place.stat().st_dev
+    return _device(source) == _device(out)
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
@@ -25,6 +43,13 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     lines = (root / "proc/meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     return min([machine, *_cgroup_room(root)])
+
+
+def _device(folder: Path) -> int:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.stat().st_dev
 
 
 def _cgroup_room(root: Path) -> Iterator[int]:

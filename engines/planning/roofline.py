@@ -28,8 +28,8 @@ def ceilings(budget: Budget, gpu: GpuTarget) -> Ceilings:
     """What the GPU's bandwidth and its peaks allow."""
     rows, chunk = budget.max_batch_size, budget.contract.ring.prefill_chunk
     return Ceilings(
-        _ceiling(budget, gpu, tokens=1, rows=1),
-        _ceiling(budget, gpu, tokens=rows, rows=rows),
+        decode_ceiling(budget, gpu, 1),
+        decode_ceiling(budget, gpu, rows),
         _ceiling(budget, gpu, tokens=chunk, rows=1),
     )
 
@@ -51,13 +51,36 @@ def token_seconds(budget: Budget, gpu: GpuTarget) -> float:
     2 operations for each weight of the linears, at the peak of the precision they are multiplied in, and
     4 * L * H * D * W for attention (queries with keys, then with values), always in float16.
     """
-    config, window = budget.contract.config, budget.contract.ring.sliding_window
+    return _operation_seconds(budget, gpu, 1, budget.contract.ring.sliding_window)
+
+
+def decode_ceiling(budget: Budget, gpu: GpuTarget, rows: int) -> float:
+    """Tokens/s of so many rows together, rings read whole."""
+    return _ceiling(budget, gpu, tokens=rows, rows=rows)
+
+
+def prompt_seconds(budget: Budget, gpu: GpuTarget, tokens: int) -> float:
+    """Least seconds until a prompt of so many tokens has its first: chunk after chunk, one row at a time.
+
+    Each chunk reads the weights and the row's ring; each token attends to the window that it has.
+    """
+    ring = budget.contract.ring
+    bytes_read = read_bytes(budget, 1) / (1e9 * gpu.memory_bandwidth_gb_per_s)
+    seconds = 0.0
+    for start in range(0, tokens, ring.prefill_chunk):
+        end = min(start + ring.prefill_chunk, tokens)
+        keys = sum(min(position + 1, ring.sliding_window) for position in range(start, end))
+        seconds += max(bytes_read, _operation_seconds(budget, gpu, end - start, keys))
+    return seconds
+
+
+def _operation_seconds(budget: Budget, gpu: GpuTarget, tokens: int, keys: int) -> float:
+    """Seconds of the matrix units.  keys: that these tokens attend to, counted for each token."""
+    config = budget.contract.config
     queries = config.num_attention_heads * config.head_dim
-    attention = 4 * config.num_hidden_layers * queries * window
-    linears = 2 * linear_elements(config)
-    return linears / (1e12 * _matrix_tops(gpu, budget.contract.precision)) + attention / (
-        1e12 * gpu.fp16_tflops
-    )
+    attention = 4 * config.num_hidden_layers * queries * keys / (1e12 * gpu.fp16_tflops)
+    linears = 2 * linear_elements(config) * tokens
+    return linears / (1e12 * _matrix_tops(gpu, budget.contract.precision)) + attention
 
 
 def _ceiling(budget: Budget, gpu: GpuTarget, *, tokens: int, rows: int) -> float:

@@ -8,11 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from mistral_trt.errors import MissingDependencyError
+from mistral_trt.tensorrt_names import MODULES
 
-FULL, RTX = "tensorrt", "tensorrt-rtx"
-"""The flavours by the names of their distributions, as manifests have them."""
-
-_MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _CUDART = "cuda.bindings.runtime"
 
 TENSORRT: dict[str, tuple[str, ...]] = {
@@ -159,7 +156,7 @@ def load_modules(flavor: str, trt: Any = None, cudart: Any = None) -> tuple[Any,
     Raises MissingDependencyError with the line that installs what is missing.
     """
     if trt is None:
-        trt = _load(_MODULES[flavor], flavor)
+        trt = _load(MODULES[flavor], flavor)
     if cudart is None:
         cudart = _load(_CUDART, "cuda-bindings")
     return trt, cudart

@@ -16,11 +16,12 @@ from mistral_trt.errors import BackendError
 from mistral_trt.manifest import Manifest
 from mistral_trt.runtime.backend import Logits, RingArray, Step
 from mistral_trt.runtime.engine_folder import read_engine_details
-from mistral_trt.runtime.tensorrt.api import FULL, load_modules
+from mistral_trt.runtime.tensorrt.api import load_modules
 from mistral_trt.runtime.tensorrt.contexts import BoundContext
 from mistral_trt.runtime.tensorrt.graphs import StepGraphs
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
 from mistral_trt.runtime.tensorrt.refit import Progress
+from mistral_trt.tensorrt_names import FULL
 
 
 def open_tensorrt_backend(

@@ -12,10 +12,10 @@ from typing import Any
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import BackendError
-from mistral_trt.runtime.tensorrt.api import RTX
 from mistral_trt.runtime.tensorrt.cuda import Cuda
 from mistral_trt.runtime.tensorrt.log import TensorRtLog
 from mistral_trt.runtime.tensorrt.plan import PROFILES, shape_of
+from mistral_trt.tensorrt_names import RTX
 
 
 @dataclass(frozen=True)

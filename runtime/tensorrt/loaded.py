@@ -11,7 +11,6 @@ from typing import Any
 from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import PLAN_NAME, Manifest
 from mistral_trt.runtime.engine_folder import EngineDetails, read_engine_details
-from mistral_trt.runtime.tensorrt.api import RTX
 from mistral_trt.runtime.tensorrt.buffers import StepBuffers
 from mistral_trt.runtime.tensorrt.contexts import ContextMaker
 from mistral_trt.runtime.tensorrt.cuda import Cuda, Gpu
@@ -21,6 +20,7 @@ from mistral_trt.runtime.tensorrt.memory import demand, require_memory
 from mistral_trt.runtime.tensorrt.plan import load_plan
 from mistral_trt.runtime.tensorrt.refit import Progress, refit
 from mistral_trt.runtime.tensorrt.rings import DeviceRings
+from mistral_trt.tensorrt_names import RTX
 
 
 class LoadedEngine:

@@ -15,20 +15,10 @@ from mistral_trt.contract import GraphContract, TensorSpec
 from mistral_trt.errors import EngineMismatchError, ManifestError
 from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command
 from mistral_trt.runtime.tensorrt.log import TensorRtLog
+from mistral_trt.tensorrt_names import TRT_DTYPES
 
 PROFILES = ("decode", "prefill")
 """The optimization profiles in the order of the plan."""
-
-DTYPES = {
-    "bfloat16": "BF16",
-    "float16": "HALF",
-    "float32": "FLOAT",
-    "float8_e4m3fn": "FP8",
-    "int4": "INT4",
-    "int64": "INT64",
-    "int8": "INT8",
-}
-"""Our dtypes → TensorRT's."""
 
 _HASHED_AT_ONCE = 1 << 24
 
@@ -125,7 +115,7 @@ def _check_names(trt: Any, engine: Any, contract: GraphContract) -> None:
 
 
 def _check_tensor(trt: Any, engine: Any, spec: TensorSpec) -> None:
-    expected = (getattr(trt.DataType, DTYPES[spec.dtype]), _wild(spec), trt.TensorLocation.DEVICE)
+    expected = (getattr(trt.DataType, TRT_DTYPES[spec.dtype]), _wild(spec), trt.TensorLocation.DEVICE)
     found = (
         engine.get_tensor_dtype(spec.name),
         tuple(engine.get_tensor_shape(spec.name)),

@@ -16,7 +16,8 @@ import numpy as np
 from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import Manifest
 from mistral_trt.runtime.tensorrt.log import TensorRtLog
-from mistral_trt.runtime.tensorrt.plan import DTYPES, mapped, require_hash
+from mistral_trt.runtime.tensorrt.plan import mapped, require_hash
+from mistral_trt.tensorrt_names import TRT_DTYPES
 from mistral_trt.weight_index import INDEX_NAME, RefitWeight, files_of, read_weight_index
 
 Progress = Callable[[str, float], None]
@@ -71,7 +72,7 @@ def _fill(
     refitter = trt.Refitter(engine, log.logger)
     starts = {name: np.frombuffer(view, np.uint8).ctypes.data for name, view in data.items()}
     for weight in weights:
-        dtype = getattr(trt.DataType, DTYPES[weight.dtype])
+        dtype = getattr(trt.DataType, TRT_DTYPES[weight.dtype])
         numbers = trt.Weights(dtype, starts[weight.file] + weight.offset, weight.count)
         if not refitter.set_named_weights(weight.name, numbers):
             raise EngineMismatchError(

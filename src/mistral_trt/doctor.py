@@ -17,9 +17,10 @@ from typing import Any
 from mistral_trt import __version__
 from mistral_trt.artifact import cache_folder, free_disk_bytes
 from mistral_trt.cli import load
-from mistral_trt.devices import LocalDevices, local_devices
+from mistral_trt.devices import VISIBLE, LocalDevices, local_devices
 from mistral_trt.errors import MissingDependencyError
 from mistral_trt.packages import DISTRIBUTION, Package, installed_version, release, wanted_packages
+from mistral_trt.tensorrt_names import FLAVORS, FULL, RTX
 
 OLDEST_PYTHON = (3, 11)
 
@@ -27,7 +28,6 @@ MAIN_PATH = ("export", "engines", "validate", "onnxruntime")
 """The extras of export, build and validate."""
 
 OTHER_EXTRAS = ("quantize", "demo", "synth")
-FLAVORS = ("tensorrt", "tensorrt-rtx")
 OPTIONAL = (*FLAVORS, "cuda-bindings")
 
 OLDEST_DRIVERS = {"12": "535", "13": "580"}
@@ -91,10 +91,10 @@ def examine_packages(local: LocalDevices) -> tuple[list[Package], list[Gap]]:
     for package in packages:
         if package.state != "ok":
             faults.setdefault(package.extra, []).append(package)
-    full_builds_here = bool(local.devices) and installed_version("tensorrt") is not None
+    full_builds_here = bool(local.devices) and installed_version(FULL) is not None
     gaps = []
     for extra, missing in faults.items():
-        spared = full_builds_here and [package.name for package in missing] == ["tensorrt-rtx"]
+        spared = full_builds_here and [package.name for package in missing] == [RTX]
         name = f"'{DISTRIBUTION}[{extra}]'" if extra else DISTRIBUTION
         what = f"{extra or DISTRIBUTION}: {', '.join(map(_fault, missing))}"
         gaps.append(Gap(what, f"pip install --upgrade {name}", extra in ("", *MAIN_PATH) and not spared))
@@ -123,9 +123,10 @@ def driver_gaps(local: LocalDevices) -> list[Gap]:
     if local.problem:
         remedy = "sudo modprobe nvidia && nvidia-smi (after an update of the driver: sudo reboot)"
         return [Gap(f"the NVIDIA driver does not answer: {local.problem}", remedy, False)]
+    gaps = visibility_gaps(local)
     if not local.devices:
-        return []
-    driver, gaps = local.devices[0].driver, []
+        return gaps
+    driver = local.devices[0].driver
     for flavor in FLAVORS:
         with suppress(metadata.PackageNotFoundError):
             made_for = _CUDA_PACKAGE.search(" ".join(metadata.requires(flavor) or []))
@@ -136,6 +137,18 @@ def driver_gaps(local: LocalDevices) -> list[Gap]:
     if installed_version("cuda-bindings") is None:
         what = "cuda-bindings, which engines are run with, is not installed"
         gaps.append(Gap(what, "pip install cuda-bindings", False))
+    return gaps
+
+
+def visibility_gaps(local: LocalDevices) -> list[Gap]:
+    """What keeps a program from the GPU that is meant."""
+    gaps = []
+    if local.hidden:
+        names = ", ".join(device.name for device in local.hidden)
+        gaps.append(Gap(f"{VISIBLE} hides {names}", f"unset {VISIBLE}", False))
+    if local.uncertain:
+        what, _, command = local.uncertain.rpartition("; run: ")
+        gaps.append(Gap(what, command, False))
     return gaps
 
 

@@ -13,6 +13,9 @@ from typing import Any
 from mistral_trt.errors import ManifestError
 from mistral_trt.manifest import is_plain_name, repair_command
 
+EMBEDDED, EXTERNAL = "embedded", "external"
+"""Where an engine has its weights: in the plan, or beside it and named in the index."""
+
 INDEX_NAME = "weights.json"
 INDEX_VERSION = 1
 
@@ -88,7 +91,7 @@ def read_weight_index(folder: Path, *, check_files: bool = True) -> list[RefitWe
         if check_files:
             check_places(weights, folder)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, ManifestError) as error:
-        repair = repair_command(folder, "engine", {"weights": "external"})
+        repair = repair_command(folder, "engine", {"weights": EXTERNAL})
         raise ManifestError(f"{path} cannot be used ({error}); make it again with: {repair}") from error
     return weights
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import BuildError
-
-FULL, RTX = "tensorrt", "tensorrt-rtx"
+from mistral_trt.tensorrt_names import FULL, RTX
 
 _PARSER = "github.com/onnx/onnx-tensorrt, docs/Changelog.md"
 _BINDINGS = "the names are in the bindings of that release on PyPI and not in those of the one before"
@@ -95,14 +94,17 @@ def check_version(flavor: str, version: str, features: tuple[str, ...]) -> None:
     for name in features:
         feature = FEATURES[name]
         if flavor not in feature.oldest:
-            raise BuildError(
-                f"{flavor} does not have: {feature.what}; run: pip install '{RTX}>={oldest_usable(RTX)}'"
-            )
+            raise BuildError(f"{flavor} does not have: {feature.what}; run: {install_command(RTX)}")
         if _numbers(version) < _numbers(feature.oldest[flavor]):
             raise BuildError(
                 f"{feature.what} needs {flavor} {feature.oldest[flavor]} or later, found {version}; "
-                f"run: pip install '{flavor}>={oldest_usable(flavor)}'"
+                f"run: {install_command(flavor)}"
             )
+
+
+def install_command(flavor: str) -> str:
+    """pip install 'tensorrt>=11.0': what brings a TensorRT that has all a build can ask of it."""
+    return f"pip install '{flavor}>={oldest_usable(flavor)}'"
 
 
 def oldest_usable(flavor: str) -> str:
