@@ -24,10 +24,10 @@ from mistral_trt.runtime.input_processor import InputProcessor
 from mistral_trt.runtime.loading import Progress, open_artifact
 from mistral_trt.runtime.metrics import Counters, Metrics
 from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.request import Job, Output
+from mistral_trt.runtime.request import Job, Output, SessionRing
 from mistral_trt.runtime.request_queue import Message as Work
 from mistral_trt.runtime.ring_file import RingFolder
-from mistral_trt.runtime.ring_store import RingStore, SessionRing
+from mistral_trt.runtime.ring_store import RingStore
 from mistral_trt.runtime.scheduler import Scheduler
 from mistral_trt.runtime.session import Session, SessionHost, restored
 from mistral_trt.runtime.stream import AsyncStream, Stream

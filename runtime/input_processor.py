@@ -10,8 +10,7 @@ from mistral_trt.runtime.candidates import Workspace
 from mistral_trt.runtime.chat import Message
 from mistral_trt.runtime.constraint import Constraint, GrammarCompiler
 from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.request import Job, Request, Sample
-from mistral_trt.runtime.ring_store import Turn
+from mistral_trt.runtime.request import Job, Request, Sample, Turn
 from mistral_trt.runtime.sampler import Sampler
 from mistral_trt.runtime.text import TextStream
 from mistral_trt.runtime.tokenizer import Tokenizer

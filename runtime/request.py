@@ -2,18 +2,18 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from mistral_trt.contract import POSITION_ACCURATE_LIMIT, POSITION_LIMIT, GraphContract
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.backend import Logits
+from mistral_trt.runtime.cache import RowSnapshot
+from mistral_trt.runtime.chat import Message
 from mistral_trt.runtime.params import SamplingParams
 from mistral_trt.runtime.sampler import Choice, Sampler, TokenLogprob
 from mistral_trt.runtime.text import TextStream
-
-if TYPE_CHECKING:
-    from mistral_trt.runtime.ring_store import Turn
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
 """stop: an end token, a stop string, or a constraint that allows nothing more.  length: max_tokens.
@@ -149,6 +149,57 @@ class Sample:
         return "context" if self.position >= self._end_position else None
 
 
+@dataclass(eq=False)
+class SessionRing:
+    """A session's tokens, how many of them its ring holds, and where that ring is.
+
+    tokens: the history; those from `position` on are still to be fed.  messages: of a chat, without the
+    latest answer, whose tokens start at `answer_start`.
+    The ring is in `row`, in `snapshot`, in `file`, or nowhere: then position is 0, and `lost` says why if it
+    ever held anything.  moving: a write to a file, or a read of one, is under way.
+    job: the turn that is queued or running.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    messages: tuple[Message, ...] | None = None
+    answer_start: int = 0
+    position: int = 0
+    row: int | None = None
+    snapshot: RowSnapshot | None = None
+    file: Path | None = None
+    moving: bool = False
+    lost: str | None = None
+    job: "Job | None" = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request as a session's next turn.
+
+    messages: of the chat, the new ones among them.  restart: the ring begins anew at position 0.
+    history: how many tokens the session had when the turn was made from them.
+    """
+
+    ring: SessionRing
+    history: int
+    messages: tuple[Message, ...] | None = None
+    restart: bool = False
+
+    def claim(self, job: "Job") -> None:
+        """Make it the session's turn. Raises GenerationError if there is another one."""
+        if self.ring.job is not None or len(self.ring.tokens) != self.history:
+            raise GenerationError(
+                "a session has one turn at a time: read its stream to the end, or cancel it, before the "
+                "next; fork() gives a second session that goes on from here"
+            )
+        self.ring.job = job
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """The turn has its row: what it asks is part of the history from now on."""
+        self.ring.tokens, self.ring.messages = list(prompt), self.messages
+        self.ring.answer_start = len(prompt)
+
+
 class Job:
     """A request in flight.
 
@@ -158,7 +209,7 @@ class Job:
     piece is delivered.  submitted: when it was queued.
     """
 
-    def __init__(self, request: Request, contract: GraphContract, turn: "Turn | None" = None) -> None:
+    def __init__(self, request: Request, contract: GraphContract, turn: Turn | None = None) -> None:
         self.request, self.turn = request, turn
         self.ring = None if turn is None else turn.ring
         self.end_position = request.end_position(contract)

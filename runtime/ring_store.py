@@ -5,72 +5,16 @@ own: a stream that runs meanwhile waits for a copy in memory, not for a disk.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mistral_trt.errors import GenerationError, SessionError
 from mistral_trt.runtime.cache import RollingCache, RowSnapshot
-from mistral_trt.runtime.chat import Message
 from mistral_trt.runtime.metrics import Counters
+from mistral_trt.runtime.request import SessionRing
 from mistral_trt.runtime.ring_file import RingFolder
 
-if TYPE_CHECKING:
-    from mistral_trt.runtime.request import Job
-
 log = logging.getLogger("mistral_trt.runtime")
-
-
-@dataclass(eq=False)
-class SessionRing:
-    """A session's tokens, how many of them its ring holds, and where that ring is.
-
-    tokens: the history; those from `position` on are still to be fed.  messages: of a chat, without the
-    latest answer, whose tokens start at `answer_start`.
-    The ring is in `row`, in `snapshot`, in `file`, or nowhere: then position is 0, and `lost` says why if it
-    ever held anything.  moving: a write to a file, or a read of one, is under way.
-    job: the turn that is queued or running.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    messages: tuple[Message, ...] | None = None
-    answer_start: int = 0
-    position: int = 0
-    row: int | None = None
-    snapshot: RowSnapshot | None = None
-    file: Path | None = None
-    moving: bool = False
-    lost: str | None = None
-    job: "Job | None" = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A request as a session's next turn.
-
-    messages: of the chat, the new ones among them.  restart: the ring begins anew at position 0.
-    history: how many tokens the session had when the turn was made from them.
-    """
-
-    ring: SessionRing
-    history: int
-    messages: tuple[Message, ...] | None = None
-    restart: bool = False
-
-    def claim(self, job: "Job") -> None:
-        """Make it the session's turn. Raises GenerationError if there is another one."""
-        if self.ring.job is not None or len(self.ring.tokens) != self.history:
-            raise GenerationError(
-                "a session has one turn at a time: read its stream to the end, or cancel it, before the "
-                "next; fork() gives a second session that goes on from here"
-            )
-        self.ring.job = job
-
-    def begin(self, prompt: Sequence[int]) -> None:
-        """The turn has its row: what it asks is part of the history from now on."""
-        self.ring.tokens, self.ring.messages = list(prompt), self.messages
-        self.ring.answer_start = len(prompt)
 
 
 class RingStore:

@@ -22,9 +22,9 @@ from mistral_trt.runtime.backend import Logits
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.failures import backend_error, closed_error, sampling_error
 from mistral_trt.runtime.metrics import Counters, Metrics
-from mistral_trt.runtime.request import Delivery, FinishReason, Job, Piece, Sample
+from mistral_trt.runtime.request import Delivery, FinishReason, Job, Piece, Sample, SessionRing
 from mistral_trt.runtime.request_queue import Call, Message, RequestQueue
-from mistral_trt.runtime.ring_store import RingStore, SessionRing
+from mistral_trt.runtime.ring_store import RingStore
 
 log = logging.getLogger("mistral_trt.runtime")
 

@@ -464,13 +464,15 @@ def test_a_failed_step_fails_the_sequences_in_it_and_no_other(
         eventually(idle(engine))
 
 
-def test_a_failed_chunk_fails_its_request(engine: Engine, backend: TokenBackend) -> None:
+def test_a_failed_chunk_fails_its_request(engine: Engine, backend: TokenBackend, gate: Gate) -> None:
     healthy = engine.stream(prompt(3), greedy(60))
-    next(healthy)
+    gate.wait()
+    doomed = engine.stream(prompt(40), greedy(5))
     backend.before = raising(RuntimeError("lost"), lambda step: step.first_row == 1)
+    gate.open()
     with pytest.raises(BackendError, match="RuntimeError: lost"):
-        list(engine.stream(prompt(40), greedy(5)))
-    assert len(tokens_of(healthy)) == 59
+        list(doomed)
+    assert tokens_of(healthy) == expected(backend.contract, prompt(3), 60)
     assert backend.written == [(1, True)]
 
 
@@ -482,11 +484,15 @@ def spoil(row: int, when: Callable[[Step], bool]) -> Callable[[Step, Logits], No
     return after
 
 
-def test_nan_ends_its_sequence_alone_and_its_row_is_zeroed(engine: Engine, backend: TokenBackend) -> None:
+def test_nan_ends_its_sequence_alone_and_its_row_is_zeroed(
+    engine: Engine, backend: TokenBackend, gate: Gate
+) -> None:
     streams = [engine.stream(prompt(2, seed), greedy(30)) for seed in range(3)]
+    gate.let(9)
     for stream in streams:
         next(stream)
     backend.after = spoil(1, lambda step: True)
+    gate.open()
     with pytest.raises(NonFiniteLogitsError, match="row.s. 1; the request is ended") as caught:
         list(streams[1])
     assert caught.value.rows == [1]
@@ -498,10 +504,14 @@ def test_nan_ends_its_sequence_alone_and_its_row_is_zeroed(engine: Engine, backe
     assert [tokens_of(s) for s in again] == [expected(backend.contract, prompt(2, s), 30) for s in range(3)]
 
 
-def test_nan_in_two_rows_of_one_request_ends_it_once(engine: Engine, backend: TokenBackend) -> None:
+def test_nan_in_two_rows_of_one_request_ends_it_once(
+    engine: Engine, backend: TokenBackend, gate: Gate
+) -> None:
     stream = engine.stream(prompt(2), greedy(30, n=3))
+    gate.let(2)
     next(stream)
     backend.after = lambda step, logits: logits.fill(np.nan)
+    gate.open()
     with pytest.raises(NonFiniteLogitsError, match="row.s. 0;"):
         list(stream)
     left = [stream._items.get() for _ in range(stream._items.qsize())]
@@ -845,7 +855,7 @@ def test_hammering_sees_rows_that_are_mixed_up(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(TokenBackend, "copy_row", wrong)
     with pytest.raises(AssertionError):
-        hammer(0.5, threads=16)
+        hammer(1.0, threads=16)
 
 
 def test_the_log_has_nothing_of_a_quiet_run(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

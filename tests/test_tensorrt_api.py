@@ -326,7 +326,7 @@ OF_RUNTIME = {
 
 def runtime_sources() -> dict[str, str]:
     """But the lists themselves."""
-    paths = (ROOT / "runtime" / "tensorrt").glob("*.py")
+    paths = [*(ROOT / "runtime" / "tensorrt").glob("*.py"), ROOT / NAMES]
     return {path.name: path.read_text() for path in paths if path.name != "api.py"}
 
 
