@@ -9,8 +9,8 @@ from mistral_trt.cli import run
 from mistral_trt.errors import GenerationError
 from mistral_trt.progress import note
 from mistral_trt.runtime.engine import Engine
-from mistral_trt.runtime.params import SamplingParams
 from mistral_trt.runtime.request import Piece
+from mistral_trt.runtime.sampling.params import SamplingParams
 from mistral_trt.runtime.stream import Stream
 
 

@@ -19,19 +19,19 @@ from mistral_trt.manifest import Manifest, manifest_sha256
 from mistral_trt.runtime.backend import Backend
 from mistral_trt.runtime.batch import Batch, run_batch, run_batch_async
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.chat import Message, checked
 from mistral_trt.runtime.input_processor import InputProcessor
 from mistral_trt.runtime.loading import Progress, open_artifact
 from mistral_trt.runtime.metrics import Counters, Metrics
-from mistral_trt.runtime.params import SamplingParams
 from mistral_trt.runtime.request import Job, Output, SessionRing
 from mistral_trt.runtime.request_queue import Message as Work
 from mistral_trt.runtime.ring_file import RingFolder
 from mistral_trt.runtime.ring_store import RingStore
+from mistral_trt.runtime.sampling.params import SamplingParams
 from mistral_trt.runtime.scheduler import Scheduler
 from mistral_trt.runtime.session import Session, SessionHost, restored
 from mistral_trt.runtime.stream import AsyncStream, Stream
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.chat import Message, checked
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 log = logging.getLogger("mistral_trt.runtime")
 

@@ -6,14 +6,14 @@ from itertools import takewhile
 
 from mistral_trt.errors import GenerationError
 from mistral_trt.manifest import Manifest
-from mistral_trt.runtime.candidates import Workspace
-from mistral_trt.runtime.chat import Message
-from mistral_trt.runtime.constraint import Constraint, GrammarCompiler
-from mistral_trt.runtime.params import SamplingParams
 from mistral_trt.runtime.request import Job, Request, Sample, Turn
-from mistral_trt.runtime.sampler import Sampler
-from mistral_trt.runtime.text import TextStream
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.sampling.candidates import Workspace
+from mistral_trt.runtime.sampling.constraint import Constraint, GrammarCompiler
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.sampler import Sampler
+from mistral_trt.runtime.text.chat import Message
+from mistral_trt.runtime.text.text_stream import TextStream
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 
 class InputProcessor:

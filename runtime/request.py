@@ -10,10 +10,10 @@ from mistral_trt.contract import POSITION_ACCURATE_LIMIT, POSITION_LIMIT, GraphC
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.backend import Logits
 from mistral_trt.runtime.cache import RowSnapshot
-from mistral_trt.runtime.chat import Message
-from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.sampler import Choice, Sampler, TokenLogprob
-from mistral_trt.runtime.text import TextStream
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.sampler import Choice, Sampler, TokenLogprob
+from mistral_trt.runtime.text.chat import Message
+from mistral_trt.runtime.text.text_stream import TextStream
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
 """stop: an end token, a stop string, or a constraint that allows nothing more.  length: max_tokens.

@@ -14,14 +14,14 @@ from typing import Any, Self
 
 from mistral_trt.errors import GenerationError, SessionError
 from mistral_trt.runtime.cache import RowSnapshot
-from mistral_trt.runtime.chat import Message, checked
 from mistral_trt.runtime.input_processor import InputProcessor
-from mistral_trt.runtime.params import SamplingParams
 from mistral_trt.runtime.request import Job, SessionRing, Turn
 from mistral_trt.runtime.ring_file import read_ring, write_ring
 from mistral_trt.runtime.ring_store import RingStore, replica
+from mistral_trt.runtime.sampling.params import SamplingParams
 from mistral_trt.runtime.scheduler import Scheduler
 from mistral_trt.runtime.stream import AsyncStream, Stream
+from mistral_trt.runtime.text.chat import Message, checked
 
 
 @dataclass(frozen=True)

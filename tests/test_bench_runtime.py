@@ -20,7 +20,7 @@ from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.scheduler import Scheduler
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_checkpoint, write_tokenizer
 
 BENCH = Path(__file__).parent.parent / "bench"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mistral_trt.runtime import candidates
-from mistral_trt.runtime.candidates import Candidates, Truncation, Workspace, largest, uniform
+from mistral_trt.runtime.sampling import candidates
+from mistral_trt.runtime.sampling.candidates import Candidates, Truncation, Workspace, largest, uniform
 
 Rules = tuple[float, int, float, float]
 """temperature, top_k, top_p, min_p."""

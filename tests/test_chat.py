@@ -16,9 +16,9 @@ from tokenizers.models import BPE, Unigram
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.chat import answer_end
-from mistral_trt.runtime.control_tokens import ControlTokens
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.chat import answer_end
+from mistral_trt.runtime.text.control_tokens import ControlTokens
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import CHAT_TEMPLATE, write_tokenizer
 
 V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
@@ -221,7 +221,7 @@ def test_a_twin_that_still_knows_the_usual_names_is_caught(
     def same(fast: FastTokenizer, texts: dict[int, str]) -> Any:
         return fast, texts
 
-    monkeypatch.setattr("mistral_trt.runtime.control_tokens._make_twin", same)
+    monkeypatch.setattr("mistral_trt.runtime.text.control_tokens._make_twin", same)
     fast = FastTokenizer.from_file(str(folders["blank first"] / "tokenizer.json"))
     ours = Tokenizer(fast, {"bos_token": "<s>", "eos_token": "</s>"}, TEMPLATES["v0.3"])
     with pytest.raises(GenerationError, match="cannot be told apart"):

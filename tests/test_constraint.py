@@ -18,9 +18,9 @@ from tokenizers import decoders, models
 
 from mistral_trt.errors import GenerationError, MissingDependencyError
 from mistral_trt.export.tokenizer_files import read_text_files
-from mistral_trt.runtime.constraint import GrammarCompiler, GrammarConstraint
-from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.sampler import Sampler
+from mistral_trt.runtime.sampling.constraint import GrammarCompiler, GrammarConstraint
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.sampler import Sampler
 from tests.models import write_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"

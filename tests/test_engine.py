@@ -22,7 +22,7 @@ from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.backend import Logits, Step
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_checkpoint, write_tokenizer
 from tests.token_backend import eventually
 

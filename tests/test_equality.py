@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import Engine, SamplingParams, Session, Stream
-from mistral_trt.runtime import sampler as sampler_module
 from mistral_trt.runtime.backend import Backend, Logits, RingArray, Step
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.request import SessionRing
 from mistral_trt.runtime.ring_store import RingStore
+from mistral_trt.runtime.sampling import sampler as sampler_module
 from tests.conftest import Folder
 from tests.simulated.folder import machine, write_engine_folder
 from tests.token_backend import eventually, tokens_of

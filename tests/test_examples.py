@@ -19,7 +19,7 @@ import pytest
 
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, FinishReason, Metrics, SamplingParams, Session, Stream
-from mistral_trt.runtime.sampler import Sampler
+from mistral_trt.runtime.sampling.sampler import Sampler
 from tests.models import write_checkpoint, write_tokenizer
 
 ROOT = Path(__file__).parent.parent

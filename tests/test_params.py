@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.params import SamplingParams
+from mistral_trt.runtime.sampling.params import SamplingParams
 
 GOOD: dict[str, list[Any]] = {
     "max_tokens": [1, 10**9],

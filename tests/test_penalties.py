@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.penalties import Penalties
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.penalties import Penalties
 
 SIZE = 12
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.errors import ValidationError
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.probes import (
     TEXT,
     Call,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.processors import run_processors
+from mistral_trt.runtime.sampling.processors import run_processors
 
 LOGITS = np.array([1, 2, -np.inf, 0], np.float32)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime import sampler as module
-from mistral_trt.runtime.candidates import Truncation, Workspace, uniform
-from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.sampler import Choice, Sampler, TokenLogprob
+from mistral_trt.runtime.sampling import sampler as module
+from mistral_trt.runtime.sampling.candidates import Truncation, Workspace, uniform
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.sampler import Choice, Sampler, TokenLogprob
 
 SIZE = 50
 LOGITS = (np.random.default_rng(3).normal(size=SIZE) * 1.5).astype(np.float32)

@@ -14,11 +14,11 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime import sandbox, template_meter
-from mistral_trt.runtime.sandbox import Sandbox
-from mistral_trt.runtime.template_instrumentation import Instrumentation
-from mistral_trt.runtime.template_meter import LimitError
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text import sandbox, template_meter
+from mistral_trt.runtime.text.sandbox import Sandbox
+from mistral_trt.runtime.text.template_instrumentation import Instrumentation
+from mistral_trt.runtime.text.template_meter import LimitError
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 
 MESSAGES: list[dict[str, Any]] = [
@@ -384,5 +384,5 @@ def fastest(function: Callable[[], object], times: int = 50) -> float:
 def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = chatting("{{ messages | length }}", tmp_path)
     assert ours.render_chat(MESSAGES) == "4"
-    monkeypatch.setattr("mistral_trt.runtime.chat.Sandbox", None)
+    monkeypatch.setattr("mistral_trt.runtime.text.chat.Sandbox", None)
     assert ours.render_chat(MESSAGES) == "4"

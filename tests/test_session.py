@@ -25,7 +25,7 @@ from mistral_trt.runtime import Engine, SamplingParams, Session
 from mistral_trt.runtime import ring_file as ring_file_module
 from mistral_trt.runtime.backend import RingArray
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 from tests.test_scheduler import explodes, greedy, idle, prompt, raising
 from tests.token_backend import (

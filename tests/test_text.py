@@ -19,9 +19,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mistral_trt.errors import GenerationError, ManifestError
 from mistral_trt.export.tokenizer_files import read_text_files
-from mistral_trt.runtime import text as text_module
-from mistral_trt.runtime.text import StreamDecoder, TextStream, TokenBytes
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text import text_stream as text_module
+from mistral_trt.runtime.text.text_stream import StreamDecoder, TextStream, TokenBytes
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 
 SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"

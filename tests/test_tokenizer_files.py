@@ -25,7 +25,7 @@ from tokenizers import pre_tokenizers
 
 from mistral_trt.errors import CheckpointError, GenerationError
 from mistral_trt.export.tokenizer_files import TextFiles, read_text_files
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"

@@ -21,7 +21,7 @@ from mistral_trt.progress import Advance, note, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate import gates as table
 from mistral_trt.validate.gates import ScenarioResult
 from mistral_trt.validate.greedy import GreedyAgreement, continue_greedily, greedy_agreement, split

@@ -13,7 +13,7 @@ from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.poke import late_edge
 from mistral_trt.validate.probes import TEXT, Tokens, default_length, random_tokens, text_tokens
 

@@ -15,7 +15,7 @@ import numpy as np
 from mistral_trt.contract import POSITION_ACCURATE_LIMIT, GraphContract, Ring
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.tokenizer import Tokenizer
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 Kind = Literal["prefill", "decode", "padded"]
 Step = tuple[int, np.ndarray]

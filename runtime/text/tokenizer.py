@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.errors import GenerationError, ManifestError
-from mistral_trt.runtime.chat import ChatTemplate, Message, answer_end
-from mistral_trt.runtime.control_tokens import ControlTokens, encode
-from mistral_trt.runtime.text import StreamDecoder, TextStream, TokenBytes
+from mistral_trt.runtime.text.chat import ChatTemplate, Message, answer_end
+from mistral_trt.runtime.text.control_tokens import ControlTokens, encode
+from mistral_trt.runtime.text.text_stream import StreamDecoder, TextStream, TokenBytes
 
 _SPECIAL_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 

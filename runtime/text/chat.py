@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.sandbox import Sandbox
-from mistral_trt.runtime.template_meter import LimitError
+from mistral_trt.runtime.text.sandbox import Sandbox
+from mistral_trt.runtime.text.template_meter import LimitError
 
 Message = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.chat import Rendering
+from mistral_trt.runtime.text.chat import Rendering
 
 Twin: TypeAlias = tuple[FastTokenizer, Mapping[int, str]]
 

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.candidates import Truncation, Workspace, largest, uniform
-from mistral_trt.runtime.constraint import Constraint
-from mistral_trt.runtime.params import SamplingParams
-from mistral_trt.runtime.penalties import Penalties
-from mistral_trt.runtime.processors import run_processors
+from mistral_trt.runtime.sampling.candidates import Truncation, Workspace, largest, uniform
+from mistral_trt.runtime.sampling.constraint import Constraint
+from mistral_trt.runtime.sampling.params import SamplingParams
+from mistral_trt.runtime.sampling.penalties import Penalties
+from mistral_trt.runtime.sampling.processors import run_processors
 
 Logits = npt.NDArray[np.float32]
 

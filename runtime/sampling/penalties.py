@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.params import SamplingParams
+from mistral_trt.runtime.sampling.params import SamplingParams
 
 
 class Penalties:

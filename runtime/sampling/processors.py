@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.params import LogitsProcessor
+from mistral_trt.runtime.sampling.params import LogitsProcessor
 
 Logits = npt.NDArray[np.float32]
 

@@ -28,8 +28,8 @@ from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 
-from mistral_trt.runtime.template_instrumentation import MADE, OPERAND, PRINTED, TURN, Instrumentation
-from mistral_trt.runtime.template_meter import (
+from mistral_trt.runtime.text.template_instrumentation import MADE, OPERAND, PRINTED, TURN, Instrumentation
+from mistral_trt.runtime.text.template_meter import (
     FILTER_COSTS,
     LAZY_FILTERS,
     PASSING_FILTERS,

@@ -1,0 +1,1 @@
+"""Logits + parameters → the next token."""

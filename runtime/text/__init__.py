@@ -1,0 +1,1 @@
+"""Text and messages → token ids, and token ids → text."""
