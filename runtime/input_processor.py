@@ -1,7 +1,7 @@
 """A prompt or messages, and parameters → a checked request with everything its tokens are chosen by."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from mistral_trt.errors import GenerationError
@@ -69,6 +69,8 @@ class InputProcessor:
             return self.tokenizer.encode(prompt, special_tokens=special_tokens)
         if special_tokens:
             raise GenerationError("special_tokens is for a prompt of text, and this one is token ids")
+        if not isinstance(prompt, Iterable):
+            raise GenerationError(f"a prompt is a text or token ids, found {prompt!r}")
         tokens = list(prompt)
         if wrong := [token for token in tokens if isinstance(token, bool) or not isinstance(token, int)]:
             raise GenerationError(f"a prompt is a text or token ids, found {wrong[0]!r} in it")

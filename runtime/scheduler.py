@@ -8,6 +8,7 @@ chunk and one step at most, whatever else is asked of the engine. Without work i
 
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -30,6 +31,7 @@ log = logging.getLogger("mistral_trt.runtime")
 
 _Result = TypeVar("_Result")
 _CLOSED = "the engine was closed; load it again"
+_FORKED = "this engine was loaded before the process was forked; load it in the child"
 
 
 class Scheduler:
@@ -118,6 +120,11 @@ class Scheduler:
         self.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
+
+    def abandon(self) -> None:
+        """In the child of a fork: its thread is in the parent, and so is the device."""
+        self._queue.lock = threading.Lock()  # the other may have been held
+        self._queue.closed = self._queue.closed or _FORKED
 
     # ------------------------------------------------------------ on the scheduler's thread
 
@@ -381,3 +388,11 @@ def _close_all() -> None:
     """End the threads before the interpreter ends: native code must not run on while it does."""
     for scheduler in list(_running):
         scheduler.close(timeout_s=10.0)
+
+
+def _abandon_all() -> None:
+    for scheduler in list(_running):
+        scheduler.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

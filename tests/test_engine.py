@@ -1,6 +1,7 @@
 """The embedded runtime as a service sees it: prompts in, text out, errors that say what to do."""
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -12,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.errors import (
+    EngineClosedError,
     EngineMismatchError,
     GenerationError,
     ManifestError,
@@ -220,6 +222,7 @@ def test_pieces_are_whole_characters(engine: Engine) -> None:
         ({"prompt": "a", "messages": []}, "either a prompt or messages"),
         ({"prompt": []}, "at least one token"),
         ({"prompt": [999]}, "token ids must lie in 0…258"),
+        ({"prompt": 7}, "a prompt is a text or token ids, found 7"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(
@@ -340,3 +343,19 @@ def test_a_template_may_live_in_the_tokenizer_config(tmp_path: Path) -> None:
             json.dumps({"bos_token": "<s>", "chat_template": value})
         )
         assert Tokenizer.from_folder(folder).render_chat([]) == "<s>hi"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_an_engine_in_the_child_of_a_fork_says_so_and_does_not_hang(folder: Path) -> None:
+    with Engine.load(folder, threads=1) as engine:
+        engine.generate([PROMPT], SamplingParams(max_tokens=2))
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            try:
+                engine.generate([PROMPT], SamplingParams(max_tokens=2))
+            except EngineClosedError as error:
+                os._exit(0 if "load it in the child" in str(error) else 2)
+            finally:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert engine.generate([PROMPT], SamplingParams(max_tokens=2))

@@ -15,8 +15,6 @@ from mistral_trt.engines.builder.api import (
     BUILDER,
     BUILDER_ENUMS,
     RTX_ONLY,
-    RUNTIME,
-    RUNTIME_ENUMS,
     SIGNATURES,
     listed,
 )
@@ -246,31 +244,6 @@ def lean() -> ModuleType:
     if find_spec(LEAN) is None and not any(name in LOCK for name in LEAN_PACKAGES):
         pytest.skip(f"{' and '.join(LEAN_PACKAGES)} are not in requirements.lock")
     return import_module(LEAN)
-
-
-def full_runtime() -> dict[str, tuple[str, ...]]:
-    """The runtime half without what only RTX has."""
-    full = listed("tensorrt")
-    both = {**RUNTIME, **RUNTIME_ENUMS}
-    return {name: tuple(m for m in both[name] if m in full[name]) for name in both if name in full}
-
-
-def test_the_runtime_half_is_in_full_tensorrt() -> None:
-    assert missing(lean(), full_runtime()) == set()
-
-
-def test_what_is_said_to_be_rtx_only_is_not_in_full_tensorrt() -> None:
-    """Of the runtime half; the builder's is not on PyPI."""
-    both = {**RUNTIME, **RUNTIME_ENUMS}
-    absent = missing(lean(), both)
-    of_runtime = {name for name in RTX_ONLY if name.partition(".")[0] in both}
-    assert absent == of_runtime
-
-
-@pytest.mark.parametrize("name", sorted(n for n in SIGNATURES if n.partition(".")[0] in full_runtime()))
-def test_signatures_are_the_same_in_full_tensorrt(name: str) -> None:
-    if name not in RTX_ONLY:
-        assert SIGNATURES[name] in signatures(lean(), name)
 
 
 def test_only_what_a_flavor_has_is_listed_for_it() -> None:

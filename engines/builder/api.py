@@ -1,8 +1,7 @@
 """Every name of TensorRT's Python API that this package uses, as data: what a new version must still have.
 
-The builder half is what `engines` uses; the runtime half is what executes an engine, and exists in the lean
-runtime too. Both TensorRTs have all of it, but for `RTX_ONLY`. Tests hold the lists to the source, both ways,
-and to the installed packages.
+It is the builder half; what executes an engine is listed in runtime/tensorrt/api.py. Both TensorRTs have all
+of it, but for `RTX_ONLY`. Tests hold the lists to the source, both ways, and to the installed TensorRT-RTX.
 """
 
 from mistral_trt.tensorrt_names import RTX
@@ -86,71 +85,14 @@ BUILDER_ENUMS: dict[str, tuple[str, ...]] = {
 }
 """Enum → members, by attribute or by name."""
 
-RUNTIME: dict[str, tuple[str, ...]] = {
-    "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": (
-        "create_execution_context",
-        "create_runtime_config",
-        "get_aliased_input_tensor",
-        "get_device_memory_size_for_profile_v2",
-        "get_tensor_dtype",
-        "get_tensor_mode",
-        "get_tensor_name",
-        "get_tensor_profile_shape",
-        "get_tensor_shape",
-        "num_io_tensors",
-        "num_optimization_profiles",
-        "refittable",
-    ),
-    "IExecutionContext": (
-        "execute_async_v3",
-        "get_tensor_shape",
-        "is_stream_capturable",
-        "set_input_shape",
-        "set_optimization_profile_async",
-        "set_tensor_address",
-    ),
-    "Refitter": (
-        "get_all_weights",
-        "get_missing_weights",
-        "refit_cuda_engine",
-        "refit_cuda_engine_async",
-        "set_named_weights",
-    ),
-    "IRuntimeConfig": (
-        "create_runtime_cache",
-        "cuda_graph_strategy",
-        "get_runtime_cache",
-        "set_runtime_cache",
-    ),
-    "IRuntimeCache": ("deserialize", "serialize"),
-    "ILogger": ("log",),
-    "Weights": (),
-}
-
-RUNTIME_ENUMS: dict[str, tuple[str, ...]] = {
-    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
-    "DataType": ("BF16", "FLOAT", "FP8", "HALF", "INT4", "INT64", "INT8"),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-    "TensorLocation": ("DEVICE", "HOST"),
-}
-
 RTX_ONLY = frozenset(
     {
         "ComputeCapability",
-        "CudaGraphStrategy",
         "IBuilderConfig.num_compute_capabilities",
         "IBuilderConfig.set_compute_capability",
-        "IExecutionContext.is_stream_capturable",
-        "IRuntimeCache",
-        "IRuntimeConfig.create_runtime_cache",
-        "IRuntimeConfig.cuda_graph_strategy",
-        "IRuntimeConfig.get_runtime_cache",
-        "IRuntimeConfig.set_runtime_cache",
     }
 )
-"""What full TensorRT lacks (its bindings 11.4.0.106): targets other than the GPU here, kernels that are
-compiled at load and their cache, CUDA graphs made by TensorRT."""
+"""What full TensorRT lacks: targets other than the GPU here."""
 
 SIGNATURES = {
     "Builder.create_network": "(flags) -> INetworkDefinition",
@@ -166,19 +108,6 @@ SIGNATURES = {
     "ILayer.set_input": "(index, tensor) -> None",
     "IProgressMonitor.step_complete": "(phase_name, step) -> bool",
     "Weights.__init__": "(type, ptr, count) -> None",
-    "Runtime.deserialize_cuda_engine": "(serialized_engine) -> ICudaEngine",
-    "ICudaEngine.create_execution_context": "(runtime_config) -> IExecutionContext",
-    "ICudaEngine.get_aliased_input_tensor": "(name) -> str",
-    "ICudaEngine.get_device_memory_size_for_profile_v2": "(profile_index) -> int",
-    "ICudaEngine.get_tensor_profile_shape": "(name, profile_index) -> list[Dims]",
-    "IExecutionContext.execute_async_v3": "(stream_handle) -> bool",
-    "IExecutionContext.set_input_shape": "(name, shape) -> bool",
-    "IExecutionContext.set_optimization_profile_async": "(profile_index, stream_handle) -> bool",
-    "IExecutionContext.set_tensor_address": "(name, memory) -> bool",
-    "IRuntimeConfig.set_runtime_cache": "(cache) -> bool",
-    "Refitter.get_missing_weights": "() -> list[str]",
-    "Refitter.refit_cuda_engine_async": "(stream_handle) -> bool",
-    "Refitter.set_named_weights": "(name, weights, location) -> bool",
 }
 """Parameters and result of what is called with care: a refusal is a False here, and no exception."""
 
@@ -186,8 +115,6 @@ SIGNATURES = {
 def listed(flavor: str) -> dict[str, tuple[str, ...]]:
     """Classes and enums with their members that a flavor has ("tensorrt" or "tensorrt-rtx")."""
     both = {**BUILDER, **BUILDER_ENUMS}
-    for name, members in (*RUNTIME.items(), *RUNTIME_ENUMS.items()):
-        both[name] = tuple(sorted({*both.get(name, ()), *members}))
     if flavor == RTX:
         return both
     return {
