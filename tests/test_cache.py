@@ -3,17 +3,28 @@
 W = 8, C = 4, R = 12: a hundred tokens pass the window twelve times and the ring's end eight times.
 """
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_trt.errors import EngineMismatchError, GenerationError, NonFiniteLogitsError
-from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot, check_edge
+from mistral_trt.errors import BackendError, EngineMismatchError, GenerationError, NonFiniteLogitsError
+from mistral_trt.manifest import read_manifest
+from mistral_trt.runtime import onnxruntime_backend
+from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot, Step, check_edge
 from mistral_trt.runtime.engine import open_cache
+from mistral_trt.runtime.onnxruntime_backend import (
+    DeviceRings,
+    OnnxRuntimeBackend,
+    choose_provider,
+    open_session,
+)
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 97, 100)]
 PRECISIONS = ("fp32", "fp16")
@@ -312,9 +323,6 @@ def test_bf16_cannot_run_on_a_cpu_and_says_what_to_do(onnx_folder: OnnxFolder) -
 
 
 def test_a_graph_of_another_contract_is_refused(onnx_folder: OnnxFolder, tmp_path: Path) -> None:
-    from mistral_trt.manifest import read_manifest
-    from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-
     small = onnx_folder(precision="fp32", prefill_chunk=4)
     large = read_manifest(onnx_folder(precision="fp32", prefill_chunk=4, num_hidden_layers=3), "onnx")
     with pytest.raises(EngineMismatchError, match="export the checkpoint again"):
@@ -323,3 +331,205 @@ def test_a_graph_of_another_contract_is_refused(onnx_folder: OnnxFolder, tmp_pat
     broken.write_bytes(b"not a graph")
     with pytest.raises(EngineMismatchError, match="cannot load"):
         OnnxRuntimeBackend(broken, large.contract)
+
+
+# ---------------------------------------------------------------- copies, and steps that fail
+
+
+def test_a_copied_row_goes_on_bit_for_bit_and_apart(exact: RollingCache) -> None:
+    source, target = exact.acquire_rows(2)
+    exact.append(source, TOKENS[:33])
+    exact.copy(source, target)
+    assert exact.position(target) == 33
+    expected = exact.append(source, TOKENS[33:60], all_logits=True)
+    np.testing.assert_array_equal(exact.append(target, TOKENS[33:60], all_logits=True), expected)
+    exact.append(source, TOKENS[60:70])
+    assert exact.position(target) == 60
+    exact.release(source)
+    exact.release(target)
+
+
+def test_a_copy_takes_along_what_its_next_token_must_overwrite(exact: RollingCache) -> None:
+    """NaN in the slot of the next position is hidden; a row that holds it is zeroed before reuse."""
+    busy, idle, twin = exact.acquire_rows(3)
+    exact.append(idle, TOKENS[:9])
+    exact.restore(idle, poke(exact.snapshot(idle), [3], lambda x: np.full_like(x, np.nan)))
+    exact.step({twin: 1, busy: 1})
+    exact.copy(idle, twin)
+    kept = exact.snapshot(idle)
+    assert kept.tainted
+    exact.release(idle)
+    exact.release(twin)
+    (again,) = exact.acquire_rows(1)
+    exact.restore(again, kept)
+    exact.release(again)
+    exact.release(busy)
+    for row in exact.acquire_rows(3):
+        assert all(np.isfinite(ring).all() for ring in exact.snapshot(row).rings)
+    for row in range(3):
+        exact.release(row)
+
+
+class Failing:
+    """A backend that fails once, after it has spoilt what the step was to write."""
+
+    def __init__(self, cache: RollingCache) -> None:
+        self._backend = cache._backend
+        self.contract = cache.contract
+        self.fails = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def run(self, step: Step) -> Logits:
+        logits = self._backend.run(step)
+        if not self.fails:
+            return logits
+        self.fails = False
+        for b, position in enumerate(step.position_ids[:, 0]):
+            rings = self._backend.read_row(step.first_row + b)
+            for ring in rings:
+                ring[:, self.contract.ring.cache_slot(int(position))] = np.nan
+            self._backend.write_row(step.first_row + b, rings)
+        raise RuntimeError("lost")
+
+
+def test_a_failed_step_spoils_the_rows_it_fed_and_no_other(exact: RollingCache) -> None:
+    failing = Failing(exact)
+    cache = RollingCache(failing)
+    fed, idle = cache.acquire_rows(2)
+    failing.fails = False
+    for row in (fed, idle):
+        cache.append(row, TOKENS[:9])
+    state = cache.snapshot(idle)
+    expected = cache.append(idle, TOKENS[9:20])
+    cache.restore(idle, state)
+    failing.fails = True
+    with pytest.raises(RuntimeError, match="lost"):
+        cache.decode({fed: 1}, 2)
+    with pytest.raises(GenerationError, match="produced NaN or infinity, or its step failed; release it"):
+        cache.step({fed: 1})
+    np.testing.assert_array_equal(cache.append(idle, TOKENS[9:20]), expected)
+    cache.release(fed)
+    cache.release(idle)
+    for row in cache.acquire_rows(2):
+        assert all(np.isfinite(ring).all() for ring in cache.snapshot(row).rings)
+        cache.release(row)
+
+
+def test_a_row_that_cannot_be_zeroed_ends_everything(exact: RollingCache) -> None:
+    failing = Failing(exact)
+    cache = RollingCache(failing)
+    row = cache.acquire()
+    with pytest.raises(RuntimeError):
+        cache.step({row: 1})
+    failing.write_row = lambda *_: 1 / 0  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="row 0 could not be zeroed: division") as caught:
+        cache.release(row)
+    assert caught.value.fatal
+    del failing.write_row
+    cache.release(row)
+
+
+def test_logits_are_the_callers_own(exact: RollingCache) -> None:
+    row = exact.acquire()
+    first = exact.append(row, TOKENS[:1])
+    kept = first.copy()
+    second = exact.step({row: TOKENS[1]})[row]
+    kept_second = second.copy()
+    exact.step({row: TOKENS[2]})
+    exact.release(row)
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(second, kept_second)
+
+
+# ---------------------------------------------------------------- ONNX Runtime
+
+
+def test_a_decode_step_allocates_nothing_of_a_rings_size(onnx_folder: OnnxFolder) -> None:
+    """Python and numpy: what a step takes at its peak is far less than one ring of one row."""
+    cache = open_cache(onnx_folder(precision="fp32", prefill_chunk=256, sliding_window=4096))
+    row = cache.acquire()
+    cache.append(row, TOKENS[:2])
+    cache.step({row: 1})
+    ring_bytes = cache.contract.ring_bytes_per_row // (2 * cache.contract.config.num_hidden_layers)
+    tracemalloc.start()
+    for token in TOKENS[:20]:
+        cache.step({row: token})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert ring_bytes > 500_000 and peak < 20_000
+
+
+def test_rings_in_onnxruntimes_own_memory_give_the_same(onnx_folder: OnnxFolder) -> None:
+    """What CUDA would hold on the device, held on the CPU: the same calls, the same bits."""
+    folder = onnx_folder(precision="fp32", prefill_chunk=4)
+    host, device = open_cache(folder), open_cache(folder)
+    backend = device._backend
+    assert isinstance(backend, OnnxRuntimeBackend)
+    backend._rings = DeviceRings(device.contract, "cpu")
+    for cache in (host, device):
+        cache.acquire_rows(3)
+    found = []
+    for cache in (host, device):
+        logits = [cache.append(1, TOKENS[:30], all_logits=True)]
+        cache.copy(1, 2)
+        state = cache.snapshot(1)
+        logits.append(cache.step({1: 5, 2: 6})[2][None])
+        cache.restore(0, state)
+        logits.append(cache.append(0, TOKENS[30:50], all_logits=True))
+        backend_rows = [ring for row in range(3) for ring in cache._backend.read_row(row)]
+        found.append((np.concatenate(logits), backend_rows))
+        cache._backend.write_row(0, None)
+        assert not any(ring.any() for ring in cache._backend.read_row(0))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_provider_that_is_not_there_is_refused(
+    onnx_folder: OnnxFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = onnx_folder(precision="fp32", prefill_chunk=4)
+    contract = read_manifest(folder).contract
+    for provider, words in (
+        ("cuda", "has no CUDAExecutionProvider .*pip install onnxruntime-gpu"),
+        ("rocm", 'must be "auto", "cpu" or "cuda"'),
+    ):
+        with pytest.raises(EngineMismatchError, match=words):
+            OnnxRuntimeBackend(folder / "model.onnx", contract, provider=provider)
+    assert choose_provider("auto") == "cpu"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert choose_provider("auto") == "cuda"
+
+
+def test_a_provider_that_cannot_start_is_refused(
+    onnx_folder: OnnxFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime then goes on without it and only logs so."""
+    monkeypatch.setitem(onnxruntime_backend.PROVIDERS, "cuda", ["CUDAExecutionProvider"])
+    made = ort.InferenceSession
+
+    def without(path: str, options: Any, providers: list[str]) -> Any:
+        return made(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", without)
+    path = onnx_folder(precision="fp32", prefill_chunk=4) / "model.onnx"
+    with pytest.raises(EngineMismatchError, match='cannot start it here.*or pass provider="cpu"'):
+        open_session(path, None, provider="cuda")
+
+
+def test_a_failure_of_onnxruntime_is_a_backends(onnx_folder: OnnxFolder) -> None:
+    cache = open_cache(onnx_folder(precision="fp32", prefill_chunk=4))
+    backend = cache._backend
+    wrong = np.full((1, 2), 10**6)
+    with pytest.raises(BackendError, match="ONNX Runtime failed in a step") as caught:
+        backend.run(Step(wrong, np.array([[0, 1]]), np.array([[0]]), 0))
+    assert not caught.value.fatal
+    assert backend.ready
+    cache.close()
+    cache.close()
+    assert not backend.ready
+    with pytest.raises(BackendError, match="was closed") as caught:
+        backend.run(Step(wrong, wrong, wrong, 0))
+    assert caught.value.fatal

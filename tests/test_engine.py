@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from mistral_trt.errors import (
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.backend import Logits, Step
+from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
+from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 from tests.token_backend import eventually
 
@@ -359,3 +362,56 @@ def test_an_engine_in_the_child_of_a_fork_says_so_and_does_not_hang(folder: Path
                 os._exit(3)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert engine.generate([PROMPT], SamplingParams(max_tokens=2))
+
+
+# ---------------------------------------------------------------- for hours
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_50_000_tokens(folder: Path) -> None:
+    """One long text, then many short ones, two samples each, some left; sessions come and go."""
+    long = SamplingParams(max_tokens=25_000, temperature=1.0, seed=1, ignore_eos=True)
+    short = SamplingParams(max_tokens=100, temperature=1.0, seed=1, ignore_eos=True, n=2)
+    turn = SamplingParams(max_tokens=50, ignore_eos=True)
+
+    def some(engine: Engine, texts: int) -> None:
+        for number in range(texts):
+            for piece in engine.stream(PROMPT, short):
+                if number % 4 == 0 and piece.index == 1:
+                    break
+            with engine.session() as session:
+                list(session.stream("abc", turn))
+
+    with Engine.load(folder, threads=1) as engine:
+        some(engine, 20)
+        before = resident_bytes()
+        for _ in engine.stream(PROMPT, long):
+            pass
+        some(engine, 120)
+        assert engine.metrics().generated_tokens >= 50_000
+        assert resident_bytes() - before < 5_000_000
+
+
+@pytest.mark.slow
+def test_a_step_takes_as_long_at_40_windows_as_at_2(onnx_folder: Folder) -> None:
+    """Medians of steps taken in turn, in one run; a cache that grew would take twenty times as long."""
+    cache = open_cache(onnx_folder(prefill_chunk=64, sliding_window=1024, max_batch_size=2), threads=1)
+    window = cache.contract.ring.sliding_window
+    rows = dict(zip(cache.acquire_rows(2), (2, 40), strict=True))
+    for row, windows in rows.items():
+        cache.append(row, [7] * windows * window)
+    states = {row: cache.snapshot(row) for row in rows}
+    seconds: dict[int, list[float]] = {row: [] for row in rows}
+    for count in range(600):
+        for row in rows:
+            if count % 50 == 0:
+                cache.restore(row, states[row])
+            started = time.perf_counter()
+            cache.decode({row: 5}, 2)
+            seconds[row].append(time.perf_counter() - started)
+    early, late = (float(np.median(values)) for values in seconds.values())
+    assert late < 1.05 * early
