@@ -4,14 +4,11 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.request import Delivery, Job, Piece
 from mistral_trt.runtime.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    pass
 
 
 class Stream:
@@ -88,7 +85,7 @@ class LoopBuffer:
     def put(self, item: Delivery, index: int = 0) -> None:
         """Called on the scheduler's thread. Raises RuntimeError when the loop is closed."""
         self._items.append((index, item))
-        if not self._woken:
+        if not self._woken or self._loop.is_closed():  # a closed loop never looks, however often it is woken
             self._woken = True
             self._loop.call_soon_threadsafe(self._wake)
 

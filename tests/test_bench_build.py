@@ -152,8 +152,8 @@ def test_what_breaks_a_bound_is_named(bench: Any) -> None:
 def test_constants_in_use_that_foretell_otherwise_fail(bench: Any, shift: float, fails: bool) -> None:
     def in_use(precision: str, weights: str) -> BuildMemory:
         line = shipped(precision, weights)
-        base, layer, *factors = (shift * value for value in bench.build.to_json(line).values())
-        return BuildMemory(round(base), round(layer), *factors, least=line.least)
+        numbers = [shift * value for value in bench.build.to_json(line).values()]
+        return BuildMemory(round(numbers[0]), round(numbers[1]), numbers[2], numbers[3], line.least)
 
     failures = judged(bench, points(bench, 4, 8, 16), in_use)["failures"]
     assert len(failures) == (6 if fails else 0)

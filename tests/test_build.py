@@ -55,6 +55,7 @@ from mistral_trt.engines.network.parse import (
     parse_network,
 )
 from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, BuildMemory
 from mistral_trt.engines.planning.dry_run import dry_run
 from mistral_trt.engines.planning.settle import predict_budget
 from mistral_trt.engines.targets import TargetSet
@@ -62,6 +63,7 @@ from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.inspect import describe
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest, sha256_file
+from mistral_trt.weight_index import EMBEDDED
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 
@@ -1184,6 +1186,7 @@ def test_a_build_for_polygraphy_that_would_leave_its_weights_out_is_refused_befo
     bare: Path, home: Path, builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--weights auto goes outside here; with --polygraphy that is no way out."""
+    monkeypatch.setitem(BUILD_MEMORY, ("fp16", EMBEDDED), BuildMemory(2_000_000_000))
     budget = predict_budget(read_manifest(bare))
     outside = replace(budget, weights="external").build_memory_bytes
     assert outside < budget.build_memory_bytes

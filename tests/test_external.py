@@ -30,13 +30,14 @@ from mistral_trt.engines.network.placeholders import (
 )
 from mistral_trt.engines.network.quantized import Wiring, read_quantization
 from mistral_trt.engines.planning import settle as settle_module
+from mistral_trt.engines.planning.build_memory import BUILD_MEMORY, BuildMemory
 from mistral_trt.engines.planning.settle import look_at_host, predict_budget, settle_weights
 from mistral_trt.engines.planning.wish import Wish
 from mistral_trt.engines.targets import TargetSet
 from mistral_trt.errors import ArtifactError, BuildError, ManifestError
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
-from mistral_trt.weight_index import RefitWeight, read_weight_index
+from mistral_trt.weight_index import EMBEDDED, RefitWeight, read_weight_index
 from tests.graphs import weights_of
 from tests.models import write_checkpoint, write_tokenizer
 
@@ -296,6 +297,7 @@ def test_weights_go_outside_by_themselves_where_the_build_does_not_fit(
     fp16: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mistral_trt")
+    monkeypatch.setitem(BUILD_MEMORY, ("fp16", EMBEDDED), BuildMemory(2_000_000_000))
     budget = predict_budget(read_manifest(fp16))
     most = max(replace(budget, weights=kind).build_memory_bytes for kind in ("embedded", "external"))
 

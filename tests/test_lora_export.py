@@ -144,7 +144,7 @@ def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoin
     onnx, loras = tmp_path / "onnx", [(lora, 1.0)]
     manifest = export_checkpoint(base, onnx, precision="fp32", prefill_chunk=4, loras=loras)
     assert manifest.config.vocab_size == 262
-    assert Engine.load(onnx).tokenizer.encode("a<|end|>")[-1] == 261
+    assert Engine.load(onnx).tokenizer.encode("a<|end|>", special_tokens=True)[-1] == 261
     assert validate_artifact(onnx, reference=base, out=tmp_path / "report", loras=loras).passed
 
 

@@ -680,7 +680,7 @@ def test_the_prediction_counts_what_is_quantized(
 ) -> None:
     monkeypatch.setattr(settle_module, "available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(
-        BuildError, match=r"\([\d.]+ x .* GB quantized \+ [\d.]+ x .* GB other weights \+ .* GB\)"
+        BuildError, match=r"\([\d.]+ x .* GB quantized \+ [\d.]+ x .* GB other weights [+-] .* GB\)"
     ):
         build_engine(quantized("int4"), "a10g", tmp_path / "engine", weights="embedded")
 

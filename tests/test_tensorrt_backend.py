@@ -756,7 +756,8 @@ def test_without_a_driver_the_real_cuda_says_so_in_plain_words(onnx: Path, tmp_p
     if status == Error.cudaErrorInsufficientDriver and cudart.cudaDriverGetVersion()[1] == 0:
         assert str(refused.value) == (
             "an engine needs an NVIDIA GPU and its driver, and this machine has no driver; run the ONNX "
-            "folder it was built from instead, which needs neither"
+            "folder it was built from instead, which needs neither: "
+            "mistral-trt generate ONNX_DIR --prompt TEXT"
         )
     assert str(tmp_path) not in str(refused.value) or status == Error.cudaSuccess
 

@@ -188,8 +188,10 @@ def earlier_logits(step: Step) -> Step:
 
 
 RUNTIME_FAULTS = [
-    Fault("cache not carried", "visible_slots_unseen", forgetful(lambda backend: backend._rings)),
-    Fault("last values not carried", "logit_error_max", forgetful(lambda backend: backend._rings[-1:])),
+    Fault("cache not carried", "visible_slots_unseen", forgetful(lambda backend: backend._rings.arrays)),
+    Fault(
+        "last values not carried", "logit_error_max", forgetful(lambda backend: backend._rings.arrays[-1:])
+    ),
     Fault("positions from one", "logit_error_max", at_positions(lambda positions: positions + 1)),
     Fault("positions repeat", "logit_error_max", at_positions(lambda positions: positions % 16)),
     Fault("logits of the token before", "logit_error_max", altered_step(earlier_logits)),

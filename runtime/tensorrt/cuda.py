@@ -174,7 +174,8 @@ class Cuda:
         if not served:
             return (
                 "an engine needs an NVIDIA GPU and its driver, and this machine has no driver; run the ONNX "
-                "folder it was built from instead, which needs neither"
+                "folder it was built from instead, which needs neither: "
+                "mistral-trt generate ONNX_DIR --prompt TEXT"
             )
         return (
             f"cuda-bindings needs a driver for CUDA {needed}, and the NVIDIA driver here serves CUDA "
