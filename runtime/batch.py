@@ -65,6 +65,7 @@ class Batch:
 
         Raises QueueFullError if others fill the queue and none of these is in flight.
         """
+        self._scheduler.require_other_thread()
         while self._next < len(self._requests) and len(self._running) < self._width:
             index = self._next
             job = self._make_job(self._requests[index])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from mistral_trt.errors import EngineClosedError, QueueFullError
+from mistral_trt.errors import BackendError, EngineClosedError, QueueFullError
 from mistral_trt.runtime.request import Job
 
 Message = Callable[[], object]
@@ -14,7 +14,7 @@ Message = Callable[[], object]
 
 
 class Call:
-    """A message whose result another thread waits for."""
+    """A message whose result another thread waits for, and alone gets what goes wrong, unless it is fatal."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -25,6 +25,8 @@ class Call:
             self._future.set_result(self._function())
         except Exception as error:
             self._future.set_exception(error)
+            if isinstance(error, BackendError) and error.fatal:
+                raise
 
     def refuse(self, error: Exception) -> None:
         """It will not be done."""

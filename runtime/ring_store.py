@@ -6,6 +6,7 @@ own: a stream that runs meanwhile waits for a copy in memory, not for a disk.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mistral_trt.errors import GenerationError, SessionError
@@ -109,8 +110,7 @@ class RingStore:
         if state is not None:
             ring.position = state.position
             if self._cache.free_rows:
-                ring.row = self._cache.acquire()
-                self._cache.restore(ring.row, state)
+                self._fill_free_row(ring, partial(self._cache.restore, snapshot=state))
             else:
                 ring.snapshot = state
                 self._shrink()
@@ -120,9 +120,9 @@ class RingStore:
         """A new idle session that goes on from where this one is; of a ring in a file, the file."""
         twin = replica(ring)
         if ring.row is not None and self._cache.free_rows and ring.job is None:
-            twin.row, twin.position = self._cache.acquire(), ring.position
+            twin.position = ring.position
+            self._fill_free_row(twin, partial(self._cache.copy, ring.row))
             self._idle[twin] = None
-            self._cache.copy(ring.row, twin.row)
             return twin
         state = self.state(ring)
         return state if isinstance(state, Path) else self.add(twin, state)
@@ -140,6 +140,17 @@ class RingStore:
         self._idle.clear()
         if self._files is not None:
             self._files.close()
+
+    def _fill_free_row(self, ring: SessionRing, fill: Callable[[int], object]) -> None:
+        """Give a session a free row with its ring in it. What `fill` raises is raised, and the row freed."""
+        row = self._cache.acquire()
+        try:
+            fill(row)
+        except Exception:
+            self._idle.pop(ring, None)
+            self._cache.release(row)
+            raise
+        ring.row = row
 
     def _clear_row(self, ring: SessionRing) -> None:
         """Move an idle session off its row."""

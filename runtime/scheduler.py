@@ -3,15 +3,13 @@
 One turn of its loop: take messages and cancellations; give waiting requests rows, in order of arrival and
 without overtaking; run at most one prefill chunk, of the oldest request that is still being prefilled; run
 one decode step for all rows that decode. So a stream that runs waits, between two of its tokens, for one
-chunk and one step at most, whatever else is asked of the engine. Without work it sleeps.
+chunk and one step at most, whatever else is asked of the engine; and for the copy of a ring where an idle
+session makes room, comes back or is forked. Without work it sleeps.
 """
 
-import atexit
 import logging
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +21,7 @@ from mistral_trt.runtime.backend import Logits
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.failures import backend_error, closed_error, sampling_error
 from mistral_trt.runtime.metrics import Counters, Metrics
+from mistral_trt.runtime.process_end import watch
 from mistral_trt.runtime.request import Delivery, FinishReason, Job, Piece, Sample, SessionRing
 from mistral_trt.runtime.request_queue import Call, Message, RequestQueue
 from mistral_trt.runtime.ring_store import RingStore
@@ -61,7 +60,7 @@ class Scheduler:
         self._jobs: dict[Job, None] = {}
         self._prefilling: deque[Job] = deque()
         self._decoding: dict[int, Sample] = {}
-        _running.add(self)
+        watch(self)
 
     @property
     def closed(self) -> str | None:
@@ -82,8 +81,7 @@ class Scheduler:
 
     def call(self, function: Callable[[], _Result]) -> _Result:
         """Run a function on the scheduler's thread, between two steps, and return its result."""
-        if threading.current_thread() is self._thread:
-            raise GenerationError("a logits processor cannot call back into the engine that runs it")
+        self.require_other_thread()
         call = Call(function)
         with self._queue.lock:  # so that it lies in the inbox before the queue is closed, or not at all
             self._queue.require_open()
@@ -91,6 +89,16 @@ class Scheduler:
         self._start()
         result: _Result = call.result()
         return result
+
+    def wait(self, job: Job) -> None:
+        """Until a request has ended."""
+        self.require_other_thread()
+        job.done.wait()
+
+    def require_other_thread(self) -> None:
+        """Raise GenerationError where waiting for the scheduler's thread would be waiting for oneself."""
+        if threading.current_thread() is self._thread:
+            raise GenerationError("a logits processor cannot wait for the engine that runs it")
 
     def forget(self, ring: SessionRing) -> None:
         """End a session's turn and give back what its ring takes. Any thread, also a finalizer."""
@@ -142,7 +150,7 @@ class Scheduler:
     def _start(self) -> None:
         with self._queue.lock:
             if self._thread is None:
-                # A daemon, so that a program may end without closing; `_close_all` then still waits for it.
+                # A daemon, so that a program may end without closing; `process_end` then waits for it.
                 self._thread = threading.Thread(target=self._run, name="mistral-trt-scheduler", daemon=True)
                 self._thread.start()
 
@@ -378,21 +386,3 @@ class Scheduler:
             self._cache.close()
         except Exception as error:  # of a backend that is broken anyway
             log.warning("the engine's memory could not be given back: %s", error)
-
-
-_running: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """End the threads before the interpreter ends: native code must not run on while it does."""
-    for scheduler in list(_running):
-        scheduler.close(timeout_s=10.0)
-
-
-def _abandon_all() -> None:
-    for scheduler in list(_running):
-        scheduler.abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)

@@ -200,7 +200,7 @@ class Session:
         """A turn that was cancelled ends at the next step; waiting for that is no error."""
         job = self._ring.job
         if job is not None and job.cancelled:
-            job.done.wait()
+            self._host.scheduler.wait(job)
 
     def _read(self, file: Path) -> RowSnapshot | None:
         return read_ring(file, self._host.inputs.contract, self._host.artifact_sha256).state

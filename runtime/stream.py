@@ -34,6 +34,8 @@ class Stream:
         """The next piece, waiting for it. Raises what ended the request, GenerationError among others."""
         if self._ended:
             raise StopIteration
+        if self._items.empty():
+            self._scheduler.require_other_thread()
         item = self._items.get()
         if isinstance(item, Piece):
             return item

@@ -603,13 +603,22 @@ def test_a_consumer_that_takes_nothing_is_cancelled(engine: Engine) -> None:
     eventually(idle(engine))
 
 
-def test_a_processor_cannot_wait_for_its_own_engine(engine: Engine) -> None:
+WAITS: dict[str, Callable[[Engine], object]] = {
+    "fork": lambda engine: engine.session().fork(),
+    "stream": lambda engine: list(engine.stream([1], greedy(3))),
+    "generate": lambda engine: engine.generate([[1]], greedy(3)),
+}
+
+
+@pytest.mark.parametrize("ask", WAITS.values(), ids=WAITS)
+def test_a_processor_cannot_wait_for_its_own_engine(engine: Engine, ask: Callable[[Engine], object]) -> None:
     def asks(tokens: Sequence[int], logits: Logits) -> Logits:
-        engine.session().fork()
+        ask(engine)
         return logits
 
-    with pytest.raises(GenerationError, match="cannot call back into the engine"):
+    with pytest.raises(GenerationError, match="cannot wait for the engine that runs it"):
         list(engine.stream(prompt(2), greedy(3, logits_processors=(asks,))))
+    eventually(idle(engine))
 
 
 # ---------------------------------------------------------------- closing

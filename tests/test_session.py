@@ -6,6 +6,7 @@ W = 8, C = 4, R = 12, on the backend whose model is arithmetic; text and chats w
 import gc
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,51 @@ def test_a_disk_holds_no_other_stream_up(tmp_path: Path, monkeypatch: pytest.Mon
         running.close()
 
 
+def test_a_turn_that_is_cancelled_while_its_ring_is_read_can_be_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, read = threading.Event(), ring_file_module.read_ring
+    backend = TokenBackend(token_contract(2))
+    with token_engine(backend, session_memory_bytes=0, session_dir=tmp_path) as engine:
+        session = engine.session()
+        turn(session, prompt(5), 2)
+        occupy(engine)
+        eventually(lambda: session._ring.file is not None)
+        monkeypatch.setattr(ring_file_module, "read_ring", lambda *a: (hold.wait(20), read(*a))[1])
+        stream = session.stream([1], greedy(3))
+        eventually(lambda: session._ring.moving)
+        stream.cancel()
+        assert [piece.finish_reason for piece in stream] == ["cancelled"]
+        again = session.stream([2], greedy(3))
+        hold.set()
+        assert tokens_of(again) == expected(backend.contract, session.tokens[:-3], 3)
+        assert 1 not in session.tokens[7:8]
+        session.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_closed_while_its_ring_is_read_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, read = threading.Event(), ring_file_module.read_ring
+    backend = TokenBackend(token_contract(2))
+    with token_engine(backend, session_memory_bytes=0, session_dir=tmp_path) as engine:
+        session = engine.session()
+        turn(session, prompt(5), 2)
+        occupy(engine)
+        eventually(lambda: session._ring.file is not None)
+        monkeypatch.setattr(ring_file_module, "read_ring", lambda *a: (hold.wait(20), read(*a))[1])
+        stream = session.stream([1], greedy(3))
+        eventually(lambda: session._ring.moving)
+        session.close()
+        assert [piece.finish_reason for piece in stream] == ["cancelled"]
+        hold.set()
+        occupy(engine)
+        eventually(lambda: not session._ring.moving)
+        assert engine.metrics().idle_sessions == 0
+        assert list(tmp_path.rglob("*.ring")) == []
+
+
 def test_a_ring_that_is_wanted_while_it_is_written_comes_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +559,31 @@ def test_a_fork_goes_on_as_the_session_does_and_apart_from_it(tmp_path: Path, pl
         assert turn(session, [1]) == expected(backend.contract, [*history, 1], 6)
         assert turn(fork, [2]) == expected(backend.contract, [*history, 2], 6)
         assert turn(fork.fork(), [3]) == expected(backend.contract, [*fork.tokens, 3], 6)
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_a_fork_that_fails_leaves_no_row_behind(
+    backend: TokenBackend, monkeypatch: pytest.MonkeyPatch, fatal: bool
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise BackendError("the cable", fatal=fatal)
+
+    with token_engine(backend) as engine:
+        session = engine.session()
+        turn(session, prompt(5))
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "copy_row", fail)
+            with pytest.raises(BackendError, match="the cable"):
+                session.fork()
+        if fatal:
+            with pytest.raises(EngineClosedError, match="the cable"):
+                eventually(lambda: not engine.ready)
+                turn(session, [1])
+        else:
+            assert engine.metrics().idle_sessions == 1
+            occupy(engine)
+            assert engine.metrics().session_moves == 1
+            assert turn(session, [1]) == expected(backend.contract, session.tokens[:-6], 6)
 
 
 @pytest.mark.parametrize("place", ["row", "memory", "file", "nothing"])
@@ -780,3 +851,64 @@ def test_a_wrong_slot_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
         occupy(engine)
         monkeypatch.setattr(RollingCache, "restore", off)
         assert turn(session, [1]) != expected(backend.contract, session.tokens[:-6], 6)
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_many_threads_with_sessions(tmp_path: Path, seconds: float) -> None:
+    """Turns, forks, cancellations and closings beside plain requests, with room for two rings and a disk."""
+    backend = TokenBackend(token_contract(4))
+    size = backend.contract.ring_bytes_per_row
+    engine = token_engine(backend, session_memory_bytes=2 * size, session_dir=tmp_path)
+    deadline, turns = time.monotonic() + seconds, [0]
+    wrong: list[object] = []
+
+    def one_turn(session: Session, draw: np.random.Generator) -> None:
+        before = list(session.tokens)
+        new = [int(token) for token in draw.integers(0, 61, draw.integers(1, 20))]
+        count, leaves = int(draw.integers(1, 12)), int(draw.integers(4))
+        stream = session.stream(new, greedy(count))
+        if leaves == 0:
+            next(stream)
+            stream.cancel()
+        list(stream)
+        asked, history = [*before, *new], list(session.tokens)
+        if history != asked + expected(backend.contract, asked, len(history) - len(asked)):
+            wrong.append((asked, history))
+        turns[0] += 1
+
+    def work(number: int) -> None:
+        draw = np.random.default_rng(number)
+        session = engine.session()
+        while time.monotonic() < deadline:
+            if number % 4 == 0:
+                engine.generate([prompt(5, number)], greedy(5, n=1 + number % 3))
+            else:
+                one_turn(session, draw)
+            if draw.integers(6) == 0:
+                session = session.fork()  # the one before is forgotten
+            if draw.integers(10) == 0:
+                session.close()
+                session = engine.session()
+
+    failed: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            failed.append(error)
+
+    with engine:
+        threads = [threading.Thread(target=guarded, args=(number,)) for number in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(seconds + 60)
+        assert not any(thread.is_alive() for thread in threads), "a session hangs"
+        assert not failed, failed[:3]
+        gc.collect()
+        eventually(lambda: engine.metrics().idle_sessions == 0)
+        found = engine.metrics()
+    assert not wrong, wrong[:2]
+    assert turns[0] > 24 and found.session_moves > 0
+    assert list(tmp_path.iterdir()) == []
