@@ -62,7 +62,8 @@ class InputProcessor:
                     "special_tokens is for a prompt of text; chat templates write their own"
                 )
             return self.tokenizer.encode_chat(messages)
-        return self.prompt_tokens(prompt or (), special_tokens=special_tokens)
+        assert prompt is not None
+        return self.prompt_tokens(prompt, special_tokens=special_tokens)
 
     def prompt_tokens(self, prompt: str | Sequence[int], *, special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):

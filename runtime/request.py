@@ -194,10 +194,21 @@ class Turn:
             )
         self.ring.job = job
 
-    def begin(self, prompt: Sequence[int]) -> None:
-        """The turn has its row: what it asks is part of the history from now on."""
+    def begin(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The turn has its row: what it asks is part of the history from now on.
+
+        Returns the tokens to feed, known only now: the turn before may have ended since it was asked.
+        """
+        feed = self.to_feed(prompt)
         self.ring.tokens, self.ring.messages = list(prompt), self.messages
         self.ring.answer_start = len(prompt)
+        return feed
+
+    def to_feed(self, prompt: Sequence[int]) -> Sequence[int]:
+        """What the ring does not hold of a prompt. Raises GenerationError if that is nothing."""
+        if len(prompt) <= self.ring.position:
+            raise GenerationError("all tokens of this session are fed: go on with a prompt of at least one")
+        return prompt[self.ring.position :]
 
 
 class Job:
@@ -215,8 +226,7 @@ class Job:
         self.end_position = request.end_position(contract)
         self.samples: list[Sample] = []
         self.running = request.params.n
-        fed = 0 if turn is None or turn.restart else turn.ring.position
-        self.feed: Sequence[int] = request.prompt[fed:] if fed else request.prompt
+        self.feed: Sequence[int] = request.prompt
         self.fed = 0
         self.deliver: Deliver = _nowhere
         self.cancelled = False

@@ -80,9 +80,9 @@ class RingStore:
 
     def rest(self, ring: SessionRing) -> None:
         """Its turn has ended; it keeps its row until another request needs one."""
-        ring.job = None
         if ring.row is not None:
             ring.position = self._cache.position(ring.row)
+        ring.job = None
         self._idle.pop(ring, None)
         if ring.lost is None:
             self._idle[ring] = None
@@ -100,7 +100,7 @@ class RingStore:
         row, file = ring.row, ring.file
         ring.row, ring.file, ring.snapshot, ring.position = None, None, None, 0
         if file is not None:
-            file.unlink(missing_ok=True)
+            _remove(file)
         if row is not None:
             self._cache.release(row)
 
@@ -192,7 +192,7 @@ class RingStore:
                 ring.snapshot, ring.file = None, found
                 log.debug("an idle session's ring moved from host memory to %s", found)
             else:
-                found.unlink(missing_ok=True)
+                _remove(found)
             self._shrink()
 
         return settle
@@ -219,3 +219,11 @@ class RingStore:
 def replica(ring: SessionRing) -> SessionRing:
     """A session with the same history and no ring yet."""
     return SessionRing(list(ring.tokens), ring.messages, ring.answer_start)
+
+
+def _remove(file: Path) -> None:
+    """A file that cannot be deleted costs room on the disk, and no running stream."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s is not needed any more and could not be deleted: %s", file, error)

@@ -192,7 +192,7 @@ class Scheduler:
                 rows = self._store.take_rows(job.rows)
             else:
                 rows = [(self._store.restart if turn.restart else self._store.resume)(turn.ring)]
-                turn.begin(job.request.prompt)
+                job.feed = turn.begin(job.request.prompt)
         except GenerationError as error:
             self._fail(job, error)
             return
@@ -348,7 +348,7 @@ class Scheduler:
     def _forget(self, ring: SessionRing) -> None:
         if ring.job is not None:
             self._end_cancelled(ring.job)
-        self._store.drop(ring)
+        self._store.lose(ring, "the session was closed; start a new one")
 
     def _stop(self) -> None:
         self._stopping = True

@@ -157,10 +157,9 @@ class Session:
             tokens, turn = self._chat_turn(messages, history)
         else:
             tokens, turn = self._text_turn(prompt, history, special_tokens)
-        job = self._host.inputs.job(self._host.inputs.request(tokens, params, allow_long=allow_long), turn)
-        if not job.feed:
-            raise GenerationError("all tokens of this session are fed: go on with a prompt of at least one")
-        return job
+        if not turn.restart:
+            turn.to_feed(tokens)
+        return self._host.inputs.job(self._host.inputs.request(tokens, params, allow_long=allow_long), turn)
 
     def _text_turn(
         self, prompt: str | Sequence[int] | None, history: int, special_tokens: bool

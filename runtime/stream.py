@@ -119,7 +119,7 @@ class AsyncStream:
         self._scheduler, self._owner = scheduler, owner
         self._buffer: LoopBuffer | None = None
         self._job: Job | None = None
-        self._ended = self._awaited = False
+        self._ended = self._awaited = self._cancelled = False
 
     def __aiter__(self) -> Self:
         return self
@@ -154,11 +154,14 @@ class AsyncStream:
             job.deliver = buffer.put
             self._scheduler.submit(job)
             self._job, self._buffer = job, buffer
+            if self._cancelled:  # while it was prepared
+                self._scheduler.cancel(job)
         assert self._buffer is not None
         return (await self._buffer.get())[1]
 
     def cancel(self) -> None:
         """End the request; its last piece says "cancelled"."""
+        self._cancelled = True
         if self._job is not None and not self._ended:
             self._scheduler.cancel(self._job)
 

@@ -241,3 +241,14 @@ def test_a_stream_of_an_engine_that_closes_ends(engine: Engine) -> None:
         return await task
 
     assert asyncio.run(ask())[-1].finish_reason == "cancelled"
+
+
+def test_a_stream_that_is_cancelled_before_its_first_piece_says_nothing(engine: Engine) -> None:
+    async def run() -> list[str | None]:
+        stream = engine.astream(prompt(3), greedy(1_000))
+        stream.cancel()
+        return [piece.finish_reason async for piece in stream]
+
+    reasons = asyncio.run(run())
+    assert reasons[-1] == "cancelled" and len(reasons) < 1_000
+    eventually(idle(engine))

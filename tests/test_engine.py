@@ -415,3 +415,12 @@ def test_a_step_takes_as_long_at_40_windows_as_at_2(onnx_folder: Folder) -> None
             seconds[row].append(time.perf_counter() - started)
     early, late = (float(np.median(values)) for values in seconds.values())
     assert late < 1.05 * early
+
+
+def test_an_empty_text_and_an_array_are_the_same_prompt_everywhere(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    (output,) = engine.generate([""], params)
+    pieces = list(engine.stream("", params))
+    assert [piece.token for piece in pieces if piece.token is not None] == list(output.tokens)
+    with pytest.raises(GenerationError, match="a prompt is a text or token ids, found"):
+        engine.stream(np.array([1.5]).tolist(), params)

@@ -26,6 +26,7 @@ from mistral_trt.runtime import Engine, SamplingParams, Session
 from mistral_trt.runtime import ring_file as ring_file_module
 from mistral_trt.runtime.backend import RingArray
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.stream import Stream
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 from tests.test_scheduler import explodes, greedy, idle, prompt, raising
@@ -912,3 +913,32 @@ def test_many_threads_with_sessions(tmp_path: Path, seconds: float) -> None:
     assert not wrong, wrong[:2]
     assert turns[0] > 24 and found.session_moves > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_turn_made_before_another_has_ended_is_fed_what_the_ring_lacks_then(
+    backend: TokenBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ring holds is looked up when the turn gets its row, not when it was asked."""
+    with token_engine(backend) as engine:
+        session = engine.session()
+        said = turn(session, prompt(5), 4)
+        position = session._ring.position
+        session._ring.position = 2  # as read while the turn before is being ended
+        job = session._turn([7], greedy(3), None, False, False)
+        session._ring.position = position
+        found = tokens_of(Stream(job, engine._scheduler, engine))
+        assert found == expected(backend.contract, [*prompt(5), *said, 7], 3)
+
+
+def test_a_turn_made_before_its_session_was_closed_is_refused(backend: TokenBackend) -> None:
+    with token_engine(backend) as engine:
+        session = engine.session()
+        turn(session, prompt(5), 4)
+        job = session._turn([7], greedy(3), None, False, False)
+        session.close()
+        stream = Stream(job, engine._scheduler, engine)
+        try:
+            assert [piece.finish_reason for piece in stream] == ["cancelled"]
+        except SessionError as error:  # it was queued after the session had been forgotten
+            assert "the session was closed" in str(error)
+        eventually(idle(engine))
