@@ -50,6 +50,7 @@ class Batch:
         self._requests, self._make_job, self._scheduler, self._width = requests, make_job, scheduler, width
         self._collected = [[Collected(index) for index in range(r.params.n)] for r in requests]
         self._running: dict[int, Job] = {}
+        self._made: Job | None = None  # the next one, where the queue had no room for it
         self._next = 0
 
     def outputs(self) -> list[Output]:
@@ -68,7 +69,7 @@ class Batch:
         self._scheduler.require_other_thread()
         while self._next < len(self._requests) and len(self._running) < self._width:
             index = self._next
-            job = self._make_job(self._requests[index])
+            job = self._made = self._made or self._make_job(self._requests[index])
             job.deliver = lambda item, index=index: put(index, item)  # type: ignore[misc]
             try:
                 self._scheduler.submit(job)
@@ -76,7 +77,7 @@ class Batch:
                 if not self._running:
                     raise
                 break
-            self._running[index] = job
+            self._running[index], self._made = job, None
             self._next += 1
         return bool(self._running)
 

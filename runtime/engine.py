@@ -20,7 +20,7 @@ from mistral_trt.runtime.backend import Backend
 from mistral_trt.runtime.batch import Batch, run_batch, run_batch_async
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.input_processor import InputProcessor
-from mistral_trt.runtime.loading import Progress, open_artifact
+from mistral_trt.runtime.loading import Progress, open_artifact, require_used
 from mistral_trt.runtime.metrics import Counters, Metrics
 from mistral_trt.runtime.request import Job, Output, SessionRing
 from mistral_trt.runtime.request_queue import Message as Work
@@ -108,6 +108,7 @@ class Engine:
         Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
         """
         path, started = Path(folder), time.perf_counter()
+        require_used(path, threads=threads, provider=provider)
         manifest, backend = open_artifact(
             path,
             threads=threads,

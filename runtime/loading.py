@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from mistral_trt.errors import ManifestError, require
+from mistral_trt.errors import EngineMismatchError, ManifestError, require
 from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest, repair_command, sha256_file
 from mistral_trt.runtime import device
 from mistral_trt.runtime.backend import Backend
@@ -48,6 +48,16 @@ def open_artifact(
         folder, manifest, trust_weights=trust_weights, cache_dir=cache_dir, progress=progress
     )
     return manifest, cast(Backend, backend)
+
+
+def require_used(folder: Path, *, threads: int | None, provider: str) -> None:
+    """Raise EngineMismatchError for options of ONNX Runtime that an engine folder would not use."""
+    if read_manifest(folder, check_files=None).stage == "engine" and (provider != "auto" or threads):
+        raise EngineMismatchError(
+            f"{folder} is an engine, which TensorRT runs on its GPU; threads and provider are for ONNX "
+            f"folders, found threads={threads!r} and provider={provider!r}: leave them out, or load the ONNX "
+            "folder"
+        )
 
 
 def _check_hashes(folder: Path, manifest: Manifest) -> None:

@@ -533,3 +533,9 @@ def test_of_different_gpus_it_is_not_guessed_which_comes_first(
 def test_a_driver_that_does_not_answer_is_no_gpu(two_gpus: Path) -> None:
     two_gpus.write_text("#!/bin/sh\nexit 9\n")
     assert local_device() is None
+
+
+@pytest.mark.parametrize("options", [{"threads": 2}, {"provider": "cpu"}, {"provider": "typo"}])
+def test_options_of_onnxruntime_are_refused_for_an_engine(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(EngineMismatchError, match="threads and provider are for ONNX folders"):
+        Engine.load(folder, **options)

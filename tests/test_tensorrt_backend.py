@@ -25,6 +25,7 @@ from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.backend import Logits, RingArray, Step
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.tensorrt import api, contexts, kernel_cache, loaded, plan, refit
+from mistral_trt.runtime.tensorrt import log as log_module
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches, open_tensorrt_backend
 from mistral_trt.runtime.tensorrt.buffers import StepBuffers
 from mistral_trt.runtime.tensorrt.contexts import BoundContext
@@ -73,6 +74,14 @@ def note_of(path: Path) -> Any:
         return note
 
     return note
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_log() -> Iterator[None]:
+    """A log that is made here, and not by the tests before: the last test counts the lines that made it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_module, "_ONE", {})
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
