@@ -20,7 +20,7 @@ from mistral_trt.validate.gates import (
 )
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.poke import Poke, PokeResult, Question
-from mistral_trt.validate.probes import Scenario
+from mistral_trt.validate.scenarios import Scenario
 
 
 def errors(size: int, **columns: float) -> LogitErrors:
@@ -29,7 +29,8 @@ def errors(size: int, **columns: float) -> LogitErrors:
     arrays = {name: np.zeros(size) for name in names}
     for name, value in columns.items():
         arrays[name][-1] = value
-    return LogitErrors(**arrays, agree=np.ones(size, bool), scored=np.ones(size, bool))
+    position = np.arange(size)
+    return LogitErrors(position, **arrays, agree=np.ones(size, bool), scored=np.ones(size, bool))
 
 
 def scenario(name: str, found: LogitErrors, failure: str | None = None) -> ScenarioResult:
@@ -139,7 +140,15 @@ def test_logits_of_the_token_before_fail_the_gate_of_perplexity(precision: str) 
     logits = np.random.default_rng(1).normal(size=(1200, 97)) + 5 * np.eye(97)[targets]
     late = np.roll(logits, 1, axis=0)
     for artifact, passed in ((logits, True), (late, False)):
-        found = measure([scenario("prefill", logit_errors(logits, artifact, targets=targets))], [])
+        found = measure(
+            [
+                scenario(
+                    "prefill",
+                    logit_errors(logits, artifact, positions=np.arange(len(targets)), targets=targets),
+                )
+            ],
+            [],
+        )
         gates = {result.name: result for result in judge(read_gates(precision), found)}
         assert gates["perplexity_ratio"].measured.positions == 1199
         assert gates["perplexity_ratio"].passed is passed

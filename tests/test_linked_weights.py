@@ -16,6 +16,7 @@ from mistral_trt.export import onnx_folder as stage
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
 from mistral_trt.validate.comparison import validate_artifact
+from mistral_trt.validate.job import Job
 from tests.checkpoints import SINGLE, altered, hub_cache, sharded
 from tests.conftest import Folder
 from tests.graphs import check_weights, files_of
@@ -164,7 +165,7 @@ def test_a_damaged_weight_is_found_though_nothing_is_converted(source: Path, tmp
 def test_a_validation_runs_over_shared_files(source: Path, tmp_path: Path) -> None:
     export_checkpoint(source, tmp_path / "onnx", precision="bf16", prefill_chunk=4)
     assert (tmp_path / "onnx" / SINGLE).samefile(source / SINGLE)
-    report = validate_artifact(tmp_path / "onnx", reference=source, out=tmp_path / "report")
+    report = validate_artifact(Job(tmp_path / "onnx", reference=source, out=tmp_path / "report"))
     assert report.passed, report.verdict
     hazards = report.artifact["hazards"]
     assert (hazards["dtype"], hazards["overflow"], hazards["non_finite"]) == ("bfloat16", 0, 0)

@@ -16,6 +16,7 @@ from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import Engine
 from mistral_trt.validate.comparison import validate_artifact
+from mistral_trt.validate.job import Job
 from tests.checkpoints import SINGLE, mistral_format
 from tests.conftest import Folder
 from tests.graphs import weights_of
@@ -115,7 +116,7 @@ def test_a_validation_merges_by_peft_and_passes(
     loras = [(adapters[0], 1.0), (adapters[1], -0.5)]
     onnx = tmp_path / "onnx"
     export_checkpoint(source, onnx, precision="fp32", prefill_chunk=4, loras=loras)
-    report = validate_artifact(onnx, reference=source, out=tmp_path / "report", loras=loras)
+    report = validate_artifact(Job(onnx, reference=source, out=tmp_path / "report", loras=tuple(loras)))
     assert report.passed, report.verdict
     assert "adapters merged by peft" in report.reference["implementation"]
     assert f"--lora {adapters[1]}:-0.5" in report.run["command"]
@@ -124,9 +125,9 @@ def test_a_validation_merges_by_peft_and_passes(
     with pytest.raises(
         ValidationError, match="was made with one at scale 1, two at scale -0.5; pass the same"
     ):
-        validate_artifact(onnx, reference=source, out=tmp_path / "x")
+        validate_artifact(Job(onnx, reference=source, out=tmp_path / "x"))
     with pytest.raises(ValidationError, match="pass the same, in the same order"):
-        validate_artifact(onnx, reference=source, out=tmp_path / "x", loras=loras[::-1])
+        validate_artifact(Job(onnx, reference=source, out=tmp_path / "x", loras=tuple(loras[::-1])))
 
 
 def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoint: Folder) -> None:
@@ -145,7 +146,7 @@ def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoin
     manifest = export_checkpoint(base, onnx, precision="fp32", prefill_chunk=4, loras=loras)
     assert manifest.config.vocab_size == 262
     assert Engine.load(onnx).tokenizer.encode("a<|end|>", special_tokens=True)[-1] == 261
-    assert validate_artifact(onnx, reference=base, out=tmp_path / "report", loras=loras).passed
+    assert validate_artifact(Job(onnx, reference=base, out=tmp_path / "report", loras=tuple(loras))).passed
 
 
 def test_the_command_line_takes_adapters(

@@ -24,7 +24,8 @@ NEXT = np.array([3, 0, 49, 7, 7, 21, -1])
 
 
 def compare(reference: np.ndarray, artifact: np.ndarray, targets: np.ndarray = NEXT) -> LogitErrors:
-    return logit_errors(reference, artifact, targets=targets[: len(reference)])
+    count = len(reference)
+    return logit_errors(reference, artifact, positions=np.arange(count), targets=targets[:count])
 
 
 def nll(logits: np.ndarray, token: int) -> float:
@@ -62,7 +63,10 @@ def test_the_arithmetic_is_float64() -> None:
     assert errors.kl[0] == pytest.approx(0.5 * p * (1 - p) * (2e-6) ** 2, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(LogitErrors)])
+METRICS = [field.name for field in fields(LogitErrors) if field.name != "position"]
+
+
+@pytest.mark.parametrize("name", METRICS)
 def test_every_metric_sees_a_planted_error(name: str) -> None:
     broken = LOGITS.copy()
     broken[4, int(broken[4].argmin())] += 40
@@ -129,7 +133,7 @@ def test_logits_of_another_shape_are_refused() -> None:
 
 def test_a_target_for_each_position_is_required() -> None:
     with pytest.raises(ValueError, match=r"a target for each of 7 positions, found \(6,\)"):
-        logit_errors(LOGITS, LOGITS, targets=NEXT[:6])
+        logit_errors(LOGITS, LOGITS, positions=np.arange(7), targets=NEXT[:6])
 
 
 def test_the_log_likelihood_is_the_definitions() -> None:

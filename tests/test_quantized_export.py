@@ -36,7 +36,7 @@ from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import Engine, open_cache
-from mistral_trt.validate.probes import play, scenarios
+from mistral_trt.validate.scenarios import Name, play, scenarios
 from tests import test_stored_codes as stored
 from tests.checkpoints import SINGLE, altered
 from tests.conftest import BuiltGraph, Folder
@@ -198,10 +198,10 @@ def logits_of(model: MistralForCausalLM) -> np.ndarray:
     return logits
 
 
-def played(cache: RollingCache, name: str) -> np.ndarray:
+def played(cache: RollingCache, name: Name) -> np.ndarray:
     """Logits of every position, fed in the calls of a scenario."""
-    plans = {plan.name: plan for plan in scenarios(cache.contract, LENGTH, weights=1, seed=0)}
-    return np.concatenate([logits for _, logits in play(cache, plans[name], tokens=tokens())])
+    (plan,) = scenarios(cache.contract, LENGTH, names=[name], seed=0)
+    return np.concatenate([logits for _, logits in play(cache, plan, tokens=tokens())])
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -210,7 +210,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("scenario", ["prefill", "decode", "padded"])
-def test_the_logits_are_the_fake_quantized_models(artifact: Exported, scenario: str) -> None:
+def test_the_logits_are_the_fake_quantized_models(artifact: Exported, scenario: Name) -> None:
     expected, plain = logits_of(fake_quantized(artifact)), logits_of(load(artifact.checkpoint))
     for exact in (False, True):
         found = played(open_cache(artifact.folder, threads=1, exact=exact), scenario)

@@ -18,7 +18,7 @@ from mistral_trt.validate.greedy import Divergence, GreedyAgreement
 from mistral_trt.validate.metrics import LogitErrors, concatenate
 from mistral_trt.validate.plots import COLOURS, Axis, error_plot, sensitivity_plot
 from mistral_trt.validate.poke import Poke, PokeResult, Question
-from mistral_trt.validate.probes import probes, random_tokens, scenarios
+from mistral_trt.validate.probes import probes
 from mistral_trt.validate.quality import measure_quality
 from mistral_trt.validate.report import (
     HTML_NAME,
@@ -30,6 +30,8 @@ from mistral_trt.validate.report import (
     render_html,
     write_report,
 )
+from mistral_trt.validate.scenarios import scenarios
+from mistral_trt.validate.tokens import random_tokens
 from tests.test_probes import CONFIG
 
 LENGTH = 60
@@ -58,7 +60,8 @@ def errors(size: int, scale: float) -> LogitErrors:
     }
     nothing = np.full(size, np.nan)
     agree, scored = draw.random(size) > 0.1, np.zeros(size, bool)
-    return LogitErrors(**columns, agree=agree, nll_reference=nothing, nll=nothing, scored=scored)
+    position = np.arange(size)
+    return LogitErrors(position, **columns, agree=agree, nll_reference=nothing, nll=nothing, scored=scored)
 
 
 def text_report(quantization: dict[str, object] | None = None) -> Report:
@@ -95,7 +98,7 @@ def words(found: Report) -> str:
 
 def report(scale: float = 1e-5, **changes: object) -> Report:
     """A report of 60 positions; a scale past the limits fails it."""
-    plans = scenarios(CONTRACT, LENGTH, weights=1, seed=0)
+    plans = scenarios(CONTRACT, LENGTH, names=["prefill", "decode", "padded", "stepwise"], seed=0)
     results = tuple(ScenarioResult(plan, errors(LENGTH, scale), None) for plan in plans)
     pokes = (PokeResult(Question(26, 27), Poke("q-W", (6,), False), 0, 97),)
     made = Report(

@@ -7,7 +7,9 @@ from pathlib import Path
 from mistral_trt.cli import run
 from mistral_trt.export.lora import parse_lora
 from mistral_trt.progress import note, quiet
+from mistral_trt.validate.budget import DEFAULT, FULL, QUICK
 from mistral_trt.validate.comparison import validate_artifact
+from mistral_trt.validate.job import Job
 from mistral_trt.validate.report import HTML_NAME
 
 
@@ -20,13 +22,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="DIR", help="an ONNX folder (mistral-trt export)")
     parser.add_argument("--reference", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
+    budget = parser.add_mutually_exclusive_group()
+    for choice, words in ((QUICK, "past one wrap"), (FULL, "past eight turns, every step decoded")):
+        budget.add_argument(
+            f"--{choice.name}",
+            dest="budget",
+            action="store_const",
+            const=choice,
+            default=DEFAULT,
+            help=f"{words} (default: past four turns of the ring)",
+        )
+    parser.add_argument("--streaming", action="store_true", help="both sides one layer at a time: 7B in 8 GB")
+    parser.add_argument("--onnx", type=Path, metavar="DIR", help="the ONNX folder an engine was built from")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: our own)")
-    parser.add_argument("--length", type=int, metavar="N", help="positions (default: past 3W and 2R)")
+    parser.add_argument("--random-tokens", action="store_true", help="read no text")
+    parser.add_argument("--length", type=int, metavar="N", help="positions (default: the budget's)")
+    parser.add_argument("--gates", type=Path, metavar="FILE", help="a table that tightens our gates")
     parser.add_argument(
         "--lora",
         type=parse_lora,
         action="append",
         default=[],
+        dest="loras",
         metavar="DIR[:SCALE]",
         help="an adapter it was made with",
     )
@@ -38,22 +55,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def validate(argv: list[str]) -> int:
     """Run the command. Raises MistralTrtError if the validation could not run."""
-    args = parse(argv)
-    if args.quiet:
+    args = vars(parse(argv))
+    if args.pop("quiet"):
         quiet()
-    report = validate_artifact(
-        args.folder,
-        reference=args.reference,
-        out=args.out,
-        text=args.text,
-        length=args.length,
-        seed=args.seed,
-        threads=args.threads,
-        loras=args.lora,
-    )
+    report = validate_artifact(Job(**args | {"loras": tuple(args["loras"])}))
     for remark in report.notes:
         note(remark)
-    print(args.out / HTML_NAME)
+    print(args["out"] / HTML_NAME)
     print(report.verdict)
     return 0 if report.passed else 1
 

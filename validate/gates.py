@@ -10,7 +10,7 @@ from typing import Any
 from mistral_trt.errors import ValidationError
 from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
 from mistral_trt.validate.poke import PokeResult
-from mistral_trt.validate.probes import Scenario
+from mistral_trt.validate.scenarios import Scenario
 
 TABLE = Path(__file__).with_name("gates.toml")
 
@@ -133,8 +133,11 @@ def measure(
 ) -> dict[str, Measured]:
     """Every number that can be gated, over all scenarios: the worst one's, with its place.
 
+    Perplexity and top-1 agreement are of the scenarios that compare every position.
+
     failures: places outside the scenarios where a call failed.
     """
+    whole = [result for result in results if result.scenario.whole]
     failed = [f"{r.scenario.name} at {len(r.errors)}" for r in results if r.failure] + list(failures)
     return {
         "calls_failed": Measured(len(failed), "; ".join(failed), _positions(results)),
@@ -145,13 +148,13 @@ def measure(
         "kl_max": _largest(results, "kl"),
         "kl_mean": _largest_mean(results, "kl"),
         "cosine_distance_max": _largest(results, "cosine"),
-        "perplexity_ratio": _largest_ratio(results),
-        "top1_agreement": _smallest_agreement(results),
+        "perplexity_ratio": _largest_ratio(whole),
+        "top1_agreement": _smallest_agreement(whole),
     }
 
 
 def _positions(results: Sequence[ScenarioResult]) -> int:
-    return min((len(result.errors) for result in results), default=0)
+    return min((len(result.errors) for result in results if result.scenario.whole), default=0)
 
 
 def _pokes(pokes: Sequence[PokeResult], *, visible: bool) -> Measured:

@@ -7,13 +7,16 @@ import numpy as np
 _PIECE_ELEMENTS = 1 << 17  # a piece and its intermediates stay in the processor's cache
 
 
-_FLAGS = ("agree", "scored")
+_DTYPES = {"position": np.int64, "agree": np.bool_, "scored": np.bool_}
+"""Of the fields that are not float64."""
 
 
 @dataclass(frozen=True)
 class LogitErrors:
     """How far the artifact is from the reference, one number per position: arrays [n]."""
 
+    position: np.ndarray
+    """int64: which position of the sequence the others are of."""
     max_abs: np.ndarray
     """Largest absolute difference of a logit."""
     mean_abs: np.ndarray
@@ -58,10 +61,12 @@ class Perplexity:
     positions: int
 
 
-def logit_errors(reference: np.ndarray, artifact: np.ndarray, *, targets: np.ndarray) -> LogitErrors:
+def logit_errors(
+    reference: np.ndarray, artifact: np.ndarray, *, positions: np.ndarray, targets: np.ndarray
+) -> LogitErrors:
     """Compare logits row by row.  Both float32 [n, V]; the arithmetic is float64.
 
-    targets: int64 [n], the text's next token at each position, -1 where there is none.
+    positions: int64 [n].  targets: int64 [n], the text's next token at each, -1 where there is none.
     Raises ValueError if the shapes differ.
     """
     if reference.shape != artifact.shape:
@@ -72,21 +77,32 @@ def logit_errors(reference: np.ndarray, artifact: np.ndarray, *, targets: np.nda
     pieces = [slice(i, i + rows) for i in range(0, len(reference), rows)]
     return concatenate(
         [
-            _compare(reference[p].astype(np.float64), artifact[p].astype(np.float64), targets=targets[p])
+            _compare(
+                reference[p].astype(np.float64),
+                artifact[p].astype(np.float64),
+                positions=positions[p],
+                targets=targets[p],
+            )
             for p in pieces
         ]
     )
 
 
 def concatenate(parts: list[LogitErrors]) -> LogitErrors:
-    """Join errors of consecutive positions."""
+    """Join errors of several calls."""
     columns = {}
     for field in fields(LogitErrors):
-        dtype = bool if field.name in _FLAGS else np.float64
+        dtype = _DTYPES.get(field.name, np.float64)
         columns[field.name] = np.concatenate(
             [np.empty(0, dtype), *(getattr(part, field.name) for part in parts)]
         )
     return LogitErrors(**columns)
+
+
+def by_position(errors: LogitErrors) -> LogitErrors:
+    """The same in order of position."""
+    order = np.argsort(errors.position, kind="stable")
+    return LogitErrors(**{field.name: getattr(errors, field.name)[order] for field in fields(LogitErrors)})
 
 
 def worst(errors: LogitErrors, metric: str) -> Extreme:
@@ -94,8 +110,8 @@ def worst(errors: LogitErrors, metric: str) -> Extreme:
     values = getattr(errors, metric)
     if not len(values):
         return Extreme(float("nan"), None)
-    position = int(np.argmax(values))  # numpy's argmax stops at the first NaN
-    return Extreme(float(values[position]), position)
+    place = int(np.argmax(values))  # numpy's argmax stops at the first NaN
+    return Extreme(float(values[place]), int(errors.position[place]))
 
 
 def mean(errors: LogitErrors, metric: str) -> float:
@@ -116,7 +132,9 @@ def perplexity(errors: LogitErrors) -> Perplexity:
         return Perplexity(float(np.exp(reference)), float(np.exp(artifact)), ratio, positions)
 
 
-def _compare(reference: np.ndarray, artifact: np.ndarray, *, targets: np.ndarray) -> LogitErrors:
+def _compare(
+    reference: np.ndarray, artifact: np.ndarray, *, positions: np.ndarray, targets: np.ndarray
+) -> LogitErrors:
     """KL of logits a and b: sum p (a - b) - lse(a) + lse(b), where p = softmax(a).
 
     The negative log-likelihood of token t is lse(a) - a[t].
@@ -130,6 +148,7 @@ def _compare(reference: np.ndarray, artifact: np.ndarray, *, targets: np.ndarray
     magnitude = np.abs(difference)  # [n, V]
     with np.errstate(divide="ignore", invalid="ignore"):
         return LogitErrors(
+            position=positions,
             max_abs=magnitude.max(axis=-1),
             mean_abs=magnitude.mean(axis=-1),
             relative=np.sqrt(_dot(difference, difference) / size / variance),

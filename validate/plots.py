@@ -83,7 +83,7 @@ def error_plot(
         panel.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         panel.yaxis.set_minor_locator(NullLocator())
         shown = np.clip(np.nan_to_num(values, nan=top), floor, top)
-        panel.plot(np.arange(len(shown)), shown, color=DATA, linewidth=0.7)
+        panel.plot(result.errors.position, shown, color=DATA, linewidth=0.7)
         _mark_probes(panel, axis, shown)
         if limit is not None:
             panel.axhline(limit.gate.limit, color=BAD, linewidth=0.9, dashes=(5, 3))

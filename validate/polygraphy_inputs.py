@@ -14,8 +14,9 @@ from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.text.tokenizer import Tokenizer
+from mistral_trt.validate.budget import DEFAULT
 from mistral_trt.validate.poke import late_edge
-from mistral_trt.validate.probes import TEXT, Tokens, default_length, random_tokens, text_tokens
+from mistral_trt.validate.tokens import TEXT, Tokens, random_tokens, text_tokens
 
 Feed = dict[str, np.ndarray]
 
@@ -47,7 +48,7 @@ def prefill(folder: Path) -> Iterator[Feed]:
 def input_tokens(folder: Path, manifest: Manifest) -> Tokens:
     """The tokens `mistral-trt validate` takes without further options."""
     contract = manifest.contract
-    length, vocab_size = default_length(contract), contract.config.vocab_size
+    length, vocab_size = DEFAULT.length(contract), contract.config.vocab_size
     if "tokenizer.json" in manifest.files:
         return text_tokens(Tokenizer.from_folder(folder), TEXT, length=length, vocab_size=vocab_size)
     return random_tokens(length=length, vocab_size=vocab_size, seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 from mistral_trt.validate.gates import ScenarioResult
 from mistral_trt.validate.greedy import GreedyAgreement
 from mistral_trt.validate.metrics import Perplexity, concatenate, mean, perplexity
-from mistral_trt.validate.probes import Tokens
+from mistral_trt.validate.tokens import Tokens
 
 READING = "prefill"
 """The scenario that is read for quality: every position once, in whole chunks."""

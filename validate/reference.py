@@ -38,8 +38,12 @@ class Reference:
 
     def logits(self, start: int, stop: int) -> np.ndarray:
         """Logits at positions start…stop-1: float32 [stop - start, V]."""
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Logits at positions int64 [n]: float32 [n, V]."""
         with torch.inference_mode():
-            logits: np.ndarray = (self.hidden[start:stop] @ self.head.T).numpy()
+            logits: np.ndarray = (self.hidden[torch.from_numpy(positions)] @ self.head.T).numpy()
         return logits
 
 

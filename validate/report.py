@@ -20,8 +20,9 @@ from mistral_trt.validate.gates import GateResult, ScenarioResult
 from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
 from mistral_trt.validate.plots import Axis, agreement_plot, error_plot, sensitivity_plot
 from mistral_trt.validate.poke import PokeResult
-from mistral_trt.validate.probes import Probe, Tokens
+from mistral_trt.validate.probes import Probe
 from mistral_trt.validate.quality import READING, Quality, calibration_remark
+from mistral_trt.validate.tokens import Tokens
 
 FORMAT_VERSION = 2
 JSON_NAME, HTML_NAME = "report.json", "report.html"

@@ -1,0 +1,123 @@
+"""An opened artifact → what it gave in every scenario, to the poke probe and when left to itself.
+
+A call that raises ends what it belongs to and is a finding of its own, except for want of memory.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mistral_trt.progress import Advance, track
+from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.validate.gates import ScenarioResult
+from mistral_trt.validate.greedy import continue_greedily, split
+from mistral_trt.validate.metrics import LogitErrors, by_position, concatenate, logit_errors
+from mistral_trt.validate.poke import PokeResult, poke_probe, questions
+from mistral_trt.validate.reference import Reference
+from mistral_trt.validate.scenarios import Compared, Scenario, play
+from mistral_trt.validate.tokens import Tokens
+
+_COMPARED_AT_ONCE = 256
+
+
+def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | None]:
+    """Let the artifact continue the beginning of the tokens. A call that raises ends it and is a finding."""
+    prompt, count = split(len(tokens.ids))
+    generated: list[int] = []
+    with track("greedy", count, unit="tokens") as advance:
+        try:
+            for token in continue_greedily(cache, tokens.ids[:prompt], count):
+                generated.append(token)
+                advance(1)
+        except MemoryError:
+            raise
+        except Exception as error:  # each backend raises classes of its own
+            return generated, in_words(error)
+    return generated, None
+
+
+def run_scenario(
+    cache: RollingCache, scenario: Scenario, *, tokens: Tokens, references: Sequence[Reference]
+) -> tuple[ScenarioResult, ...]:
+    """Play a scenario and compare every position with each reference. One result for each."""
+    return compare_played(
+        play(cache, scenario, tokens=tokens.ids), scenario, tokens=tokens, references=references
+    )
+
+
+def compare_played(
+    played: Iterable[Compared], scenario: Scenario, *, tokens: Tokens, references: Sequence[Reference]
+) -> tuple[ScenarioResult, ...]:
+    """Compare what a scenario gives, while it gives it.  played: positions and logits, call by call."""
+    waiting, failure = Waiting(references, tokens.targets), None
+    with track(scenario.name, scenario.compared, unit="positions") as advance:
+        try:
+            for positions, logits in played:
+                waiting.add(positions, logits)
+                advance(len(positions))
+        except MemoryError:
+            raise
+        except Exception as error:  # each backend raises classes of its own
+            failure = in_words(error)
+    return tuple(ScenarioResult(scenario, errors, failure) for errors in waiting.results())
+
+
+class Waiting:
+    """Logits that are gathered until there are enough to compare at once, and the errors so far."""
+
+    def __init__(self, references: Sequence[Reference], targets: np.ndarray) -> None:
+        """targets: int64 [T], as `Tokens.targets`."""
+        self._references = references
+        self._targets = targets
+        self._positions: list[np.ndarray] = []
+        self._logits: list[np.ndarray] = []
+        self._found: list[list[LogitErrors]] = [[] for _ in references]
+
+    def add(self, positions: np.ndarray, logits: np.ndarray) -> None:
+        """positions: int64 [n].  logits: [n, V]."""
+        self._positions.append(positions)
+        self._logits.append(logits)
+        if sum(map(len, self._positions)) >= _COMPARED_AT_ONCE:
+            self._compare()
+
+    def results(self) -> list[LogitErrors]:
+        """For each reference every error, in order of position."""
+        if self._positions:
+            self._compare()
+        return [by_position(concatenate(found)) for found in self._found]
+
+    def _compare(self) -> None:
+        positions, artifact = np.concatenate(self._positions), np.concatenate(self._logits)
+        self._positions, self._logits = [], []
+        targets = self._targets[positions]
+        for reference, found in zip(self._references, self._found, strict=True):
+            expected = reference.at(positions)
+            found.append(logit_errors(expected, artifact, positions=positions, targets=targets))
+
+
+def run_pokes(cache: RollingCache, tokens: Tokens) -> tuple[list[PokeResult], str | None]:
+    """Put the poke probe to the artifact. A call that raises ends it and is a finding."""
+    asked = questions(cache.contract, len(tokens.ids))
+    results: list[PokeResult] = []
+    with track("poke", len(asked), unit="calls") as advance:
+        try:
+            for result in poke_probe(cache, asked, tokens=tokens.ids):
+                _count_calls(results, result, advance)
+                results.append(result)
+        except MemoryError:
+            raise
+        except Exception as error:  # each backend raises classes of its own
+            return results, in_words(error)
+    return results, None
+
+
+def _count_calls(results: Sequence[PokeResult], result: PokeResult, advance: Advance) -> None:
+    if not results or results[-1].question != result.question:
+        advance(1)
+
+
+def in_words(error: Exception) -> str:
+    """Class and message of an error; of a long message the beginning and the end."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 240 else f"{text[:100]} … {text[-130:]}"
+    return f"{type(error).__name__}: {short}"
