@@ -5,14 +5,14 @@ decode steps at the speed of memory, comparisons in float64.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.validate.poke import Question, pokes
-from mistral_trt.validate.scenarios import Call, Scenario, Together
+from mistral_trt.validate.scenarios import Call, Scenario
 
 _COMPARED_PER_S = 6e7
 """Logits that are compared in a second on one core: some fifteen passes of float64 over each."""
@@ -53,24 +53,21 @@ def measure_speed() -> Speed:
     long = torch.rand(1 << 24)
     a @ b
     product, copy = (min(_seconds(call) for _ in range(3)) for call in (lambda: a @ b, long.sum))
-    return Speed(2 * 768**3 / product, 4 * len(long) / copy)
+    return Speed(flops_per_s=2 * 768**3 / product, bytes_per_s=4 * len(long) / copy)
 
 
-def _seconds(call: object) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
-    call()  # type: ignore[operator]
+    call()
     return time.perf_counter() - began
 
 
 def scenario_work(scenario: Scenario) -> Work:
     """One scenario, all of its calls."""
-    tokens = sum(max(call.stop - call.start, call.pad_to) for call in scenario.calls if _in_chunks(call))  # type: ignore[union-attr]
-    steps = sum(not _in_chunks(call) for call in scenario.calls)
+    chunks = [call for call in scenario.calls if isinstance(call, Call) and call.kind != "decode"]
+    tokens = sum(max(call.stop - call.start, call.pad_to) for call in chunks)
+    steps = len(scenario.calls) - len(chunks)
     return Work(tokens, steps, scenario.compared, 0)
-
-
-def _in_chunks(call: Call | Together) -> bool:
-    return isinstance(call, Call) and call.kind != "decode"
 
 
 def poke_work(contract: GraphContract, asked: Sequence[Question]) -> Work:
