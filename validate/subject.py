@@ -7,7 +7,7 @@ from mistral_trt.contract import GraphContract
 from mistral_trt.devices import Device
 from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest
-from mistral_trt.runtime.device import local_device
+from mistral_trt.runtime import device
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def open_subject(folder: Path, onnx: Path | None) -> Subject:
             f"{folder} was not built from {onnx}: its manifest names {made_from[:12]}…, this one is "
             f"{found[:12]}…; pass the ONNX folder it was built from as --onnx, or build it again"
         )
-    return Subject(onnx, source, Engine(folder, manifest, local_device()))
+    return Subject(onnx, source, Engine(folder, manifest, device.local_device()))

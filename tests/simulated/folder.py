@@ -1,7 +1,7 @@
 """ONNX folder → an engine folder with a simulated plan, and a backend on a simulated GPU that runs it."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ import pytest
 
 from mistral_trt.devices import Device as LocalDevice
 from mistral_trt.engines.network.placeholders import refit_weights
-from mistral_trt.manifest import GRAPH_NAME, PLAN_NAME, Manifest, describe_files, read_manifest
+from mistral_trt.manifest import (
+    GRAPH_NAME,
+    PLAN_NAME,
+    Manifest,
+    describe_files,
+    manifest_sha256,
+    read_manifest,
+)
 from mistral_trt.runtime import device, engine_folder
 from mistral_trt.runtime.tensorrt import api
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, open_tensorrt_backend
@@ -72,7 +79,8 @@ def write_engine_folder(
         write_weight_index(out, placed)
     for name in source.details.get("text_files", ()):
         shutil.copy(onnx / name, out / name)
-    engine_manifest(source, out, flavor, weights).write(out)
+    made = engine_manifest(source, out, flavor, weights)
+    replace(made, sources={"onnx": manifest_sha256(onnx), **source.sources}).write(out)
     return out
 
 
