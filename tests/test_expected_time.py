@@ -2,6 +2,7 @@
 
 import pytest
 
+from mistral_trt.validate.budget import DEFAULT, FULL, QUICK
 from mistral_trt.validate.expected_time import (
     Speed,
     Work,
@@ -26,12 +27,9 @@ def test_padding_and_context_are_computed_too() -> None:
 def test_every_budget_takes_longer_than_the_one_below() -> None:
     shape = contract(512, 256)
     seconds = []
-    for length, names in (
-        (1032, ("prefill",)),
-        (3336, ("prefill", "padded")),
-        (6408, ("prefill", "stepwise")),
-    ):
-        planned = scenarios(shape, length, names=names, seed=0)  # type: ignore[arg-type]
+    for budget in (QUICK, DEFAULT, FULL):
+        length = budget.length(shape)
+        planned = scenarios(shape, length, names=budget.names, seed=0)
         work = sum((scenario_work(plan) for plan in planned), poke_work(shape, questions(shape, length)))
         seconds.append(predict_seconds(work, shape, weights=10**8, speed=SPEED))
     assert seconds == sorted(seconds)

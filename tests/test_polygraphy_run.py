@@ -46,12 +46,9 @@ def test_each_comparison_passes_or_fails_by_its_status(
 def test_the_plan_that_is_compared_is_the_engines(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(
-        tmp_path,
-        monkeypatch,
-        'for word in "$@"; do case $word in *.plan) cmp "$word" '
-        + f"'{engine_of(subject).folder}/model.plan' || exit 1;; esac; done",
-    )
+    plan = engine_of(subject).folder / "model.plan"
+    same = f"cmp \"$word\" '{plan}' || exit 1"
+    stand_in(tmp_path, monkeypatch, f'for word in "$@"; do case $word in *.plan) {same};; esac; done')
     assert [found.passed for found in run_polygraphy(subject, engine_of(subject), ENGINE)] == [True, True]
 
 
