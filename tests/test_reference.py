@@ -8,18 +8,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+from mistral_trt.config import ModelConfig
 from mistral_trt.errors import ValidationError
-from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.export.checkpoint import Checkpoint, expected_shapes
+from mistral_trt.export.conversion import Weight
+from mistral_trt.export.synth import named_config
+from mistral_trt.export.tensor_files import StoredTensor
 from mistral_trt.manifest import read_manifest
 from mistral_trt.validate import reference
 from mistral_trt.validate.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 from mistral_trt.validate.reference import (
     Reference,
     load_model,
+    predict_memory,
     require_memory,
     require_same_checkpoint,
     run_reference,
 )
+from mistral_trt.validate.reference_decoder import queries_at_once
 from tests.conftest import Folder
 from tests.models import write_checkpoint
 
@@ -135,13 +141,44 @@ def test_a_reference_larger_than_memory_is_refused(
     tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Checkpoint.open(tiny_checkpoint())
-    weights = 4 * sum(weight.elements for weight in source.weights.values())
-    require_memory(source, 100)
-    with pytest.raises(ValidationError, match="attention over 1000000 tokens.*use a smaller --length"):
-        require_memory(source, 1_000_000)
-    monkeypatch.setattr(reference, "available_memory_bytes", lambda: weights - 1)
-    with pytest.raises(ValidationError, match="a machine with more memory"):
-        require_memory(source, 1)
+    for streaming in (False, True):
+        needed = predict_memory(source, 100, streaming=streaming)
+        monkeypatch.setattr(reference, "available_memory_bytes", lambda needed=needed: needed.total_bytes)
+        require_memory(source, 100, streaming=streaming)
+        with pytest.raises(ValidationError, match="GB for 10000 tokens.*use a smaller --length"):
+            require_memory(source, 10_000, streaming=streaming)
+        monkeypatch.setattr(
+            reference, "available_memory_bytes", lambda needed=needed: needed.weights_bytes - 1
+        )
+        with pytest.raises(ValidationError, match="a machine with more memory"):
+            require_memory(source, 1, streaming=streaming)
+
+
+def seven_billion() -> Checkpoint:
+    """Mistral 7B v0.1 as names and shapes."""
+    config = ModelConfig.from_huggingface(named_config("mistral-7b-v0.1"))
+    weights = {
+        name: Weight(name, StoredTensor(name, "bfloat16", shape, Path("none"), 0, 0))
+        for name, shape in expected_shapes(config).items()
+    }
+    return Checkpoint(Path("7b"), "huggingface", config, {}, weights, frozenset())
+
+
+def test_the_memory_of_seven_billion_parameters() -> None:
+    whole, streamed = (predict_memory(seven_billion(), 12_552, streaming=s) for s in (False, True))
+    assert whole.weights_bytes > 28e9
+    assert streamed.total_bytes < 8e9
+    assert whole.work_bytes == streamed.work_bytes
+
+
+def test_scores_do_not_outgrow_a_block() -> None:
+    """Past the first block memory grows with the tokens, not with their square."""
+    lengths = [20_000, 40_000, 80_000]
+    work = [predict_memory(seven_billion(), length, streaming=True).work_bytes for length in lengths]
+    assert work[2] - work[1] < 2.1 * (work[1] - work[0])
+    assert queries_at_once(9, 2312) == 2312
+    assert queries_at_once(32, 12_552) == 167
+    assert queries_at_once(32, 10**9) == 1
 
 
 def test_transformers_settings_are_left_as_they_were() -> None:

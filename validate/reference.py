@@ -1,8 +1,8 @@
 """Checkpoint + tokens → the logits the artifact should give: Hugging Face's MistralForCausalLM in float32.
 
 The reference reads the checkpoint and never the artifact; adapters are merged by peft. Attention is eager,
-one forward covers the whole sequence, and no cache is involved. What is kept is the last hidden state; logits
-are made from it for the positions that are asked for, because all of them together outgrow the model
+over every key of the sequence, and nothing of it is a ring. What is kept is the last hidden state; logits are
+made from it for the positions that are asked for, because all of them together outgrow the model
 (T=2,304, V=49,152: 450 MB).
 """
 
@@ -24,13 +24,21 @@ from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
 from mistral_trt.export.conversion import pieces
 from mistral_trt.export.lora import Adapter
 from mistral_trt.manifest import Manifest
+from mistral_trt.progress import Advance
+from mistral_trt.validate.reference_decoder import (
+    HuggingFaceLayers,
+    head_logits,
+    queries_at_once,
+    whole_layers,
+)
 
 
 @dataclass(frozen=True)
 class Reference:
     """What the checkpoint computes for one sequence.
 
-    hidden: float32 [T, hidden_size], after the final norm.  head: float32 [V, hidden_size].
+    hidden: [T, hidden_size], after the final norm.  head: [V, hidden_size].  Both in the dtype of the
+    reference, which is float32 unless it computes in an artifact's own precision.
     """
 
     hidden: torch.Tensor
@@ -38,27 +46,37 @@ class Reference:
 
     def logits(self, start: int, stop: int) -> np.ndarray:
         """Logits at positions start…stop-1: float32 [stop - start, V]."""
-        return self.at(np.arange(start, stop))
+        return head_logits(self.hidden[start:stop], self.head)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Logits at positions int64 [n]: float32 [n, V]."""
-        with torch.inference_mode():
-            logits: np.ndarray = (self.hidden[torch.from_numpy(positions)] @ self.head.T).numpy()
-        return logits
+        return head_logits(self.hidden[torch.from_numpy(positions)], self.head)
 
 
 def run_reference(model: MistralForCausalLM, tokens: Sequence[int]) -> Reference:
-    """One teacher-forced forward over all tokens; of the model, the result keeps the head alone.
+    """Teacher-forced over all tokens; of the model, the result keeps the head alone.
 
     Raises ValidationError if what it gives is not finite.
     """
-    with torch.inference_mode():
-        input_ids = torch.tensor([list(tokens)])  # [1, T]
-        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[0]  # [T, hidden_size]
-        head = model.lm_head.weight.detach()  # [V, hidden_size]
-    if not torch.isfinite(hidden).all():
-        raise ValidationError("the checkpoint itself gives NaN or infinity in float32; it proves nothing")
-    return Reference(hidden, head)
+    return run_layers(whole_layers(model), tokens)
+
+
+def run_layers(
+    layers: HuggingFaceLayers, tokens: Sequence[int], *, advance: Advance = lambda layers: None
+) -> Reference:
+    """Every layer over all tokens, in any precision.  advance: called after each layer.
+
+    Raises ValidationError if what it gives is not finite.
+    """
+    hidden = layers.embed(tokens)
+    for index in range(layers.num_hidden_layers):
+        hidden = layers.run(index, hidden).hidden
+        advance(1)
+    normed = layers.norm(hidden)
+    if not torch.isfinite(normed).all():
+        dtype = str(normed.dtype).removeprefix("torch.")
+        raise ValidationError(f"the checkpoint itself gives NaN or infinity in {dtype}; it proves nothing")
+    return Reference(normed, layers.head())
 
 
 def load_model(source: Checkpoint, *, sliding_window: int) -> MistralForCausalLM:
@@ -151,20 +169,51 @@ def require_same_checkpoint(manifest: Manifest, source: Checkpoint) -> None:
         )
 
 
-def require_memory(source: Checkpoint, length: int) -> None:
-    """Raise ValidationError if the float32 reference over `length` tokens would not fit in memory.
+@dataclass(frozen=True)
+class MemoryNeeded:
+    """Predicted peak of the references over one sequence, the one in the artifact's own precision included.
 
-    Eager attention keeps the scores of one layer, [H, T, T], about 2.5 times over.
+    work_bytes: what grows with the sequence.
     """
-    weights = 4 * sum(weight.elements for weight in source.weights.values())
-    scores = int(2.5 * 4 * source.config.num_attention_heads * length**2)
-    present = available_memory_bytes()
-    if weights + scores > present:
-        remedy = "a smaller --length" if weights < 0.9 * present else "a machine with more memory"
+
+    weights_bytes: int
+    work_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.work_bytes
+
+
+def predict_memory(source: Checkpoint, length: int, *, streaming: bool) -> MemoryNeeded:
+    """Of the model whole in memory, or streaming: of one layer at a time, and the head.
+
+    One layer counts 2.5 times: read, copied and rounded.  Eager attention keeps 2.5 times its block's scores.
+    """
+    config = source.config
+    elements = {name: weight.elements for name, weight in source.weights.items()}
+    layer = sum(count for name, count in elements.items() if name.startswith("model.layers.0."))
+    head = config.vocab_size * config.hidden_size
+    resident = head + 2.5 * layer if streaming else sum(elements.values()) + 1.5 * layer
+    queries = queries_at_once(config.num_attention_heads, length)
+    heads = (
+        config.num_attention_heads + 3 * config.num_key_value_heads
+    )  # repeated; in the cache, copied twice
+    per_token = 2 * heads * config.head_dim + 4 * config.hidden_size
+    per_query = 2.5 * config.num_attention_heads * length + 3 * config.intermediate_size
+    return MemoryNeeded(int(4 * resident), int(4 * (length * per_token + queries * per_query)))
+
+
+def require_memory(source: Checkpoint, length: int, *, streaming: bool = False) -> None:
+    """Raise ValidationError if the reference over `length` tokens would not fit in memory."""
+    needed, present = predict_memory(source, length, streaming=streaming), available_memory_bytes()
+    if needed.total_bytes > present:
+        remedy = (
+            "a smaller --length" if needed.weights_bytes < 0.9 * present else "a machine with more memory"
+        )
         raise ValidationError(
-            f"the float32 reference of {source.folder} needs {weights / 1e9:.1f} GB for weights and "
-            f"{scores / 1e9:.1f} GB for attention over {length} tokens (predicted), {present / 1e9:.1f} GB "
-            f"is available; use {remedy}"
+            f"the float32 reference of {source.folder} needs {needed.weights_bytes / 1e9:.1f} GB for weights "
+            f"and {needed.work_bytes / 1e9:.1f} GB for {length} tokens (predicted), {present / 1e9:.1f} GB is "
+            f"available; use {remedy}"
         )
 
 
