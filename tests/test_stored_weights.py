@@ -129,7 +129,9 @@ def made(checkpoint: Callable[[int], Path], tmp_path_factory: pytest.TempPathFac
         key = repr((precision, sorted(settings.items())))
         if key not in found:
             root = tmp_path_factory.mktemp("stored")
-            options = {"quantization": replace(SETTINGS, **settings)} if precision in QUANTIZED else {}
+            options: dict[str, Any] = (
+                {"quantization": replace(SETTINGS, **settings)} if precision in QUANTIZED else {}
+            )
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
                 export_checkpoint(
@@ -183,7 +185,8 @@ def edit_graph(folder: Path, edit: Callable[[onnx.GraphProto], None]) -> None:
 
 
 def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
-    return next(node for node in graph.node if node.name == name)
+    found: onnx.NodeProto = next(node for node in graph.node if node.name == name)
+    return found
 
 
 # ---------------------------------------------------------------- healthy artifacts

@@ -22,7 +22,7 @@ from mistral_trt.engines.network.graph_file import load_graph
 from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import GRAPH_NAME
 
-DTYPES = {
+DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -62,7 +62,7 @@ class WeightGraph:
         """Raises ManifestError for a file that is no ONNX model."""
         self.folder = folder
         self.graph = load_graph(folder / GRAPH_NAME)
-        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in self.graph.initializer}
 
     @cached_property
     def nodes(self) -> Mapping[str, NodeProto]:
@@ -90,8 +90,8 @@ class WeightGraph:
 
     def dtype(self, name: str) -> str:
         """ONNX's dtype in torch's words; one that no weight has as ONNX calls it."""
-        kind = self.tensor(name).data_type
-        return DTYPES.get(kind, TensorProto.DataType.Name(kind).lower())
+        kind = int(self.tensor(name).data_type)
+        return DTYPES[kind] if kind in DTYPES else str(TensorProto.DataType.Name(kind)).lower()
 
     def external(self, name: str) -> bool:
         return bool(self.tensor(name).data_location == TensorProto.EXTERNAL)
