@@ -1,0 +1,1 @@
+"""An artifact's graph, layer by layer → hidden states, rings and activation ranges, beside a reference's."""

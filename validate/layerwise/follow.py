@@ -1,0 +1,152 @@
+"""An artifact and a reference, both layer by layer → where the artifact's layers, rings and ranges part.
+
+T tokens   K key/value heads   R slots   D head_dim
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mistral_trt.contract import Ring
+from mistral_trt.errors import ValidationError
+from mistral_trt.progress import Advance
+from mistral_trt.validate.findings import LayerErrors, LayerFindings
+from mistral_trt.validate.layerwise.ranges import RangeLog
+from mistral_trt.validate.layerwise.runner import LayerRun, SegmentedArtifact
+from mistral_trt.validate.layerwise.steps import (
+    Array,
+    Hidden,
+    Recording,
+    gather,
+    held_positions,
+    scatter,
+)
+from mistral_trt.validate.reference_layers import LayerStates, ReferenceLayers
+
+Errors = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What is left at the end of both.
+
+    hidden: recording → what left its last layer, for each step float32 [B, S, hidden_size]; empty where the
+    layers were not run one upon the other.  reference: the same of the reference, float32 [T, hidden_size].
+    """
+
+    findings: LayerFindings
+    hidden: Mapping[str, Hidden]
+    reference: Array
+
+
+def follow(
+    artifact: SegmentedArtifact,
+    reference: ReferenceLayers,
+    *,
+    tokens: Sequence[int],
+    recordings: Mapping[str, Recording],
+    reading: str,
+    accumulate: bool = True,
+    ranges: RangeLog | None = None,
+    progress: Advance = lambda layers: None,
+) -> Followed:
+    """Go through both, layer after layer; the reference's layer is run before the artifact's is loaded.
+
+    recordings: name → how `tokens` are fed to row 0.  reading: the one whose layers are compared.
+    accumulate: run each recording through all layers, each layer fed what the one before it made. Without
+    it `reading` alone is run, each layer fed what the reference's was; `hidden`, of the errors and of the
+    result, is empty then.  ranges: gets the activations of `reading`, of its own layers where they
+    accumulate.  progress: called after each layer.
+    Raises ValidationError if a recording feeds other tokens, or the reference has other layers.
+    """
+    names = sorted(recordings if accumulate else [reading], key=lambda name: name != reading)
+    _require_alike(artifact, reference, tokens, {name: recordings[name] for name in names})
+    own = {name: artifact.embed(recordings[name]) for name in names} if accumulate else {}
+    read, entered, errors = recordings[reading], reference.embed(tokens), []
+    for index in range(artifact.num_hidden_layers):
+        artifact.close()  # so that its layer and the reference's are not in memory together
+        states = reference.run(index, entered)
+        for name in own:  # `reading` first: what was loaded to be watched serves the others too
+            log = ranges if name == reading else None
+            own[name] = artifact.run(index, recordings[name], own[name], ranges=log).hidden
+        log = None if accumulate else ranges
+        fed = artifact.run(index, read, scatter(read, entered), ranges=log)
+        comparison = _Comparison(read, artifact.contract.ring, entered, states)
+        errors.append(comparison.errors(index, fed, own.get(reading)))
+        entered = states.hidden
+        progress(1)
+    artifact.close()
+    found = LayerFindings(artifact.words, tuple(errors), ranges.found() if ranges else ())
+    return Followed(found, own, entered)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One layer of the reference, and what it was fed: float32 [T, hidden_size]."""
+
+    recording: Recording
+    ring: Ring
+    entered: Array
+    states: LayerStates
+
+    def errors(self, index: int, fed: LayerRun, own: Hidden | None) -> LayerErrors:
+        """fed: the artifact's layer, fed the same.  own: what left it after its own layers before it."""
+        length, left = len(self.entered), self.states.hidden
+        held = held_positions(self.recording, self.ring)
+        slots = np.flatnonzero((held >= 0) & (held < length))
+        positions = held[slots]
+        made = gather(self.recording, fed.hidden, length)
+        with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, and shows
+            update = relative_errors(made - self.entered, left - self.entered)
+        return LayerErrors(
+            index=index,
+            hidden=np.zeros(0) if own is None else relative_errors(gather(self.recording, own, length), left),
+            update=update,
+            positions=positions,
+            keys=relative_errors(_vectors(fed.keys[0], slots), _vectors(self.states.keys, positions)),
+            values=relative_errors(_vectors(fed.values[0], slots), _vectors(self.states.values, positions)),
+        )
+
+
+def relative_errors(found: Array, expected: Array) -> Errors:
+    """Norm of the difference over norm of the expected, for each row: float64 [n].
+
+    0 where both are zero, infinity where only the expected is, NaN where a number is.
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        size, off = _norms(expected), _norms(found - expected)
+        return np.where(off == 0, 0.0, off / size)
+
+
+def _norms(vectors: Array) -> Errors:
+    """Summed in float64, without a copy in it."""
+    squares: Errors = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    return np.sqrt(squares)
+
+
+def _vectors(cache: Array, places: npt.NDArray[np.int64]) -> Array:
+    """Keys or values [K, R or T, D] at n places, all heads together: float32 [n, K * D]."""
+    return cache[:, places].transpose(1, 0, 2).reshape(len(places), -1).astype(np.float32)
+
+
+def _require_alike(
+    artifact: SegmentedArtifact,
+    reference: ReferenceLayers,
+    tokens: Sequence[int],
+    recordings: Mapping[str, Recording],
+) -> None:
+    if reference.num_hidden_layers != artifact.num_hidden_layers:
+        raise ValidationError(
+            f"the artifact has {artifact.num_hidden_layers} decoder layers and the reference "
+            f"{reference.num_hidden_layers}; pass the checkpoint that it was made from as --reference"
+        )
+    for name, recording in recordings.items():
+        fed = gather(recording, [step.input_ids for step in recording.steps], len(tokens))
+        if not np.array_equal(fed, tokens):
+            first = int(np.argmax(fed != np.asarray(tokens)))
+            raise ValidationError(
+                f"the recording {name!r} feeds token {fed[first]} at position {first} where the reference "
+                f"reads {tokens[first]}; play the same tokens to both"
+            )
