@@ -4,6 +4,7 @@ A call that raises ends what it belongs to and is a finding of its own, except f
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mistral_trt.validate.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.reference import Reference
 from mistral_trt.validate.scenarios import Compared, Scenario, play
 from mistral_trt.validate.tokens import Tokens
+from mistral_trt.validate.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256
 
@@ -36,18 +38,25 @@ def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | No
     return generated, None
 
 
+@dataclass(frozen=True)
+class Played:
+    """What a scenario gave: a result for each reference, and where it is furthest from the first of them."""
+
+    results: tuple[ScenarioResult, ...]
+    worst: tuple[FarPosition, ...]
+
+
 def run_scenario(
     cache: RollingCache, scenario: Scenario, *, tokens: Tokens, references: Sequence[Reference]
-) -> tuple[ScenarioResult, ...]:
-    """Play a scenario and compare every position with each reference. One result for each."""
-    return compare_played(
-        play(cache, scenario, tokens=tokens.ids), scenario, tokens=tokens, references=references
-    )
+) -> Played:
+    """Play a scenario and compare every position with each reference."""
+    played = play(cache, scenario, tokens=tokens.ids)
+    return compare_played(played, scenario, tokens=tokens, references=references)
 
 
 def compare_played(
     played: Iterable[Compared], scenario: Scenario, *, tokens: Tokens, references: Sequence[Reference]
-) -> tuple[ScenarioResult, ...]:
+) -> Played:
     """Compare what a scenario gives, while it gives it.  played: positions and logits, call by call."""
     waiting, failure = Waiting(references, tokens.targets), None
     with track(scenario.name, scenario.compared, unit="positions") as advance:
@@ -59,11 +68,12 @@ def compare_played(
             raise
         except Exception as error:  # each backend raises classes of its own
             failure = in_words(error)
-    return tuple(ScenarioResult(scenario, errors, failure) for errors in waiting.results())
+    results = tuple(ScenarioResult(scenario, errors, failure) for errors in waiting.results())
+    return Played(results, tuple(waiting.worst))
 
 
 class Waiting:
-    """Logits that are gathered until there are enough to compare at once, and the errors so far."""
+    """Logits that are gathered until there are enough to compare at once, and what was found so far."""
 
     def __init__(self, references: Sequence[Reference], targets: np.ndarray) -> None:
         """targets: int64 [T], as `Tokens.targets`."""
@@ -72,6 +82,7 @@ class Waiting:
         self._positions: list[np.ndarray] = []
         self._logits: list[np.ndarray] = []
         self._found: list[list[LogitErrors]] = [[] for _ in references]
+        self.worst: list[FarPosition] = []
 
     def add(self, positions: np.ndarray, logits: np.ndarray) -> None:
         """positions: int64 [n].  logits: [n, V]."""
@@ -90,9 +101,11 @@ class Waiting:
         positions, artifact = np.concatenate(self._positions), np.concatenate(self._logits)
         self._positions, self._logits = [], []
         targets = self._targets[positions]
-        for reference, found in zip(self._references, self._found, strict=True):
+        for i, (reference, found) in enumerate(zip(self._references, self._found, strict=True)):
             expected = reference.at(positions)
             found.append(logit_errors(expected, artifact, positions=positions, targets=targets))
+            if i == 0:
+                self.worst = furthest([*self.worst, *far_positions(found[-1], expected, artifact)])
 
 
 def run_pokes(cache: RollingCache, tokens: Tokens) -> tuple[list[PokeResult], str | None]:

@@ -54,7 +54,8 @@ def follow(
 ) -> Followed:
     """Go through both, layer after layer; the reference's layer is run before the artifact's is loaded.
 
-    recordings: name → how `tokens` are fed to row 0.  reading: the one whose layers are compared.
+    recordings: name → how `tokens` are fed.  reading: the one whose layers are compared; it feeds all of
+    them to row 0.
     accumulate: run each recording through all layers, each layer fed what the one before it made. Without
     it `reading` alone is run, each layer fed what the reference's was; `hidden`, of the errors and of the
     result, is empty then.  ranges: gets the activations of `reading`, of its own layers where they
@@ -62,7 +63,7 @@ def follow(
     Raises ValidationError if a recording feeds other tokens, or the reference has other layers.
     """
     names = sorted(recordings if accumulate else [reading], key=lambda name: name != reading)
-    _require_alike(artifact, reference, tokens, {name: recordings[name] for name in names})
+    _require_alike(artifact, reference, tokens, recordings[reading])
     own = {name: artifact.embed(recordings[name]) for name in names} if accumulate else {}
     read, entered, errors = recordings[reading], reference.embed(tokens), []
     for index in range(artifact.num_hidden_layers):
@@ -132,21 +133,17 @@ def _vectors(cache: Array, places: npt.NDArray[np.int64]) -> Array:
 
 
 def _require_alike(
-    artifact: SegmentedArtifact,
-    reference: ReferenceLayers,
-    tokens: Sequence[int],
-    recordings: Mapping[str, Recording],
+    artifact: SegmentedArtifact, reference: ReferenceLayers, tokens: Sequence[int], reading: Recording
 ) -> None:
     if reference.num_hidden_layers != artifact.num_hidden_layers:
         raise ValidationError(
             f"the artifact has {artifact.num_hidden_layers} decoder layers and the reference "
             f"{reference.num_hidden_layers}; pass the checkpoint that it was made from as --reference"
         )
-    for name, recording in recordings.items():
-        fed = gather(recording, [step.input_ids for step in recording.steps], len(tokens))
-        if not np.array_equal(fed, tokens):
-            first = int(np.argmax(fed != np.asarray(tokens)))
-            raise ValidationError(
-                f"the recording {name!r} feeds token {fed[first]} at position {first} where the reference "
-                f"reads {tokens[first]}; play the same tokens to both"
-            )
+    fed = gather(reading, [step.input_ids for step in reading.steps], len(tokens))
+    if not np.array_equal(fed, tokens):
+        first = int(np.argmax(fed != np.asarray(tokens)))
+        raise ValidationError(
+            f"the recording feeds token {fed[first]} at position {first} where the reference reads "
+            f"{tokens[first]}; play the same tokens to both"
+        )

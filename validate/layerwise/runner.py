@@ -102,21 +102,16 @@ class SegmentedArtifact:
         return LayerRun(found, *rings)
 
     def logits(
-        self, recording: Recording, hidden: Hidden, *, row: int = 0, ranges: RangeLog | None = None
-    ) -> Iterator[tuple[int, Logits]]:
-        """What leaves the last layer through norm and head: of each step that this row is part of the first
-        position and float32 [N, V], of the tokens whose logits the step asks for.
-
-        A row that idles in a step is part of it: its position comes again.
-        """
+        self, recording: Recording, hidden: Hidden, *, ranges: RangeLog | None = None
+    ) -> Iterator[Logits]:
+        """What leaves the last layer through norm and head: for each step float32 [B, N, V], of the tokens
+        whose logits the step asks for."""
         watch = ranges is not None
         segment = self._load("head", watch, partial(cut_head, self._graph, watch=watch))
         for step, state in zip(recording.steps, hidden, strict=True):
-            place = row - step.first_row
-            if 0 <= place < len(step.input_ids):
-                found = np.empty((*step.logits_index.shape, self.contract.config.vocab_size), np.float32)
-                _run_watched(segment, [state, step.logits_index], [found], None, ranges)
-                yield int(step.position_ids[place, step.logits_index[place, 0]]), found[place]
+            found = np.empty((*step.logits_index.shape, self.contract.config.vocab_size), np.float32)
+            _run_watched(segment, [state, step.logits_index], [found], None, ranges)
+            yield found
 
     def close(self) -> None:
         """Give memory back; the next call loads anew."""
