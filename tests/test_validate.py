@@ -27,7 +27,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import Logits, RollingCache, Step
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate import comparison, report
+from mistral_trt.validate import comparison, page
 from mistral_trt.validate.__main__ import validate
 from mistral_trt.validate.comparison import in_words, validate_artifact
 from mistral_trt.validate.greedy import GreedyAgreement
@@ -203,7 +203,7 @@ RUNTIME_FAULTS = [
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a short validation is spent on drawing, which test_report.py looks after."""
-    monkeypatch.setattr(report, "plots", lambda _: {})
+    monkeypatch.setattr(page, "plots", lambda _: {})
 
 
 def failed_gates(folder: Path, checkpoint: Path, out: Path) -> set[str]:

@@ -26,6 +26,7 @@ from mistral_trt.validate import gates as table
 from mistral_trt.validate.gates import ScenarioResult
 from mistral_trt.validate.greedy import GreedyAgreement, continue_greedily, greedy_agreement, split
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
+from mistral_trt.validate.parts import measure_parts
 from mistral_trt.validate.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.probes import (
     TEXT,
@@ -56,7 +57,8 @@ from mistral_trt.validate.reference import (
     require_same_checkpoint,
     run_reference,
 )
-from mistral_trt.validate.report import JSON_NAME, Report, write_report
+from mistral_trt.validate.report import JSON_NAME, Report
+from mistral_trt.validate.report_folder import write_report
 from mistral_trt.validate.twin import float32_twin
 
 _COMPARED_AT_ONCE = 256
@@ -143,7 +145,11 @@ def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> 
     limits = table.read_gates(contract.precision)
     found = compare(job, manifest, source=source, tokens=tokens)
     failures = {place: why for place, why in found.failures.items() if why is not None}
-    measured = table.measure(found.scenarios, found.pokes, failures=list(failures))
+    measured = {
+        **table.measure(found.scenarios, found.pokes, failures=list(failures)),
+        **measure_parts(layers=None, own=None, weights=None, ring=contract.ring),
+    }
+    left = table.undecided(limits, measured)
     return Report(
         contract=contract,
         artifact=describe_artifact(job.folder, manifest),
@@ -154,12 +160,15 @@ def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> 
         scenarios=found.scenarios,
         pokes=found.pokes,
         gates=table.judge(limits, measured),
+        undecided=left,
+        weights=None,
+        layers=None,
+        own_precision=None,
+        worst_cases=None,
         quality=measure_quality(found.scenarios, found.greedy),
         quantization=manifest.details.get("quantization"),
         notes=tuple(
-            describe_failures(failures)
-            + describe_limits(contract, length)
-            + describe_undecided(table.undecided(limits, measured))
+            describe_failures(failures) + describe_limits(contract, length) + describe_undecided(left)
         ),
         run=describe_run(job.command, job.seed, started=started, seconds=time.monotonic() - clock),
     )

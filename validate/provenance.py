@@ -10,7 +10,7 @@ from typing import Any
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
-from mistral_trt.validate.gates import TITLES, Gate
+from mistral_trt.validate.gates import Undecided
 from mistral_trt.validate.poke import late_edge
 
 _TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
@@ -95,12 +95,12 @@ def describe_limits(contract: GraphContract, length: int) -> list[str]:
     return notes
 
 
-def describe_undecided(gates: Sequence[Gate]) -> list[str]:
-    return [
-        f"Not gated: {TITLES[gate.metric]}, which takes {gate.min_positions:,} positions"
-        f"{' of text' if gate.metric == 'perplexity_ratio' else ''} or more."
-        for gate in gates
-    ]
+def describe_undecided(left: Sequence[Undecided]) -> list[str]:
+    """Which gates decided nothing, and why: a sentence for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for gate in left:
+        reasons.setdefault(gate.why, []).append(gate.title)
+    return [f"Not gated ({why}): {'; '.join(titles)}." for why, titles in reasons.items()]
 
 
 def describe_run(command: str, seed: int, *, started: datetime, seconds: float) -> dict[str, Any]:
