@@ -41,17 +41,25 @@ def poke(visible: bool, changed: int) -> PokeResult:
     return PokeResult(Question(9, 10), Poke("q-W", (1,), visible), changed, 97)
 
 
+def scenario_gates(precision: str) -> list[Gate]:
+    """The gates of what scenarios and pokes measure."""
+    return [gate for gate in read_gates(precision) if gate.metric in measure([scenario("a", errors(1))], [])]
+
+
 @pytest.mark.parametrize("precision", CACHE_DTYPES)
 def test_every_precision_has_exact_gates_and_rounding_gates(precision: str) -> None:
     gates = read_gates(precision)
     names = [gate.metric for gate in gates]
-    exact = ["calls_failed", "hidden_slots_seen", "visible_slots_unseen"]
-    assert names[:3] == exact
+    exact = ["calls_failed", "weights_wrong", "hidden_slots_seen", "visible_slots_unseen"]
+    assert names[:4] == exact
     quantized = {"perplexity_ratio", "kl_mean", "top1_agreement"}
     rounded = {"logit_error_max", "kl_max", "top1_agreement"}
     assert (quantized if precision in QUANTIZED else rounded) <= set(names)
     assert names == sorted(names, key=list(TITLES).index)
-    assert all(gate.limit == 0 and gate.bound == "at_most" for gate in gates[:3])
+    assert all(gate.limit == 0 and gate.bound == "at_most" for gate in gates[:4])
+    assert {"layer_update_error_max", "cache_error_max"} <= set(names)
+    assert ("activation_max" in names) == (precision == "fp16")
+    assert ("own_kl_mean" in names) == (precision != "fp32"), "float32 is the reference's own precision"
     assert all(len(gate.reason) > 20 for gate in gates)
 
 
@@ -72,6 +80,13 @@ def test_the_limits_that_were_promised() -> None:
         ("[fp32.kl_max]\nat_most = 1\nreason = 'x'\nunless = 2", "either at_most or at_least"),
         ("[fp32.nonsense]\nat_most = 1\nreason = 'x'", "unknown metric 'nonsense'"),
         ("[fp16.kl_max]\nat_most = 1\nreason = 'x'", "no gates for precision 'fp32'"),
+        ("[fp32.kl_max]\nat_most = nan\nreason = 'x'", "finite number"),
+        ("[fp32.kl_max]\nat_most = '1'\nreason = 'x'", "finite number"),
+        ("[fp32.kl_max]\nat_most = 1\nmin_positions = 1.5\nreason = 'x'", "a whole one"),
+        ("[fp32.kl_max]\nat_least = 1\nreason = 'x'", "kl_max takes at_most, found at_least"),
+        ("[fp32]\nkl_max = 1", "either at_most or at_least"),
+        ("fp32 = 1", "unknown precision 'fp32'"),
+        ("[fp23.kl_max]\nat_most = 1\nreason = 'x'", "unknown precision 'fp23'"),
         ("[fp32", "cannot be read as a table of gates"),
     ],
 )
@@ -124,11 +139,12 @@ def test_perplexity_is_the_worst_scenarios() -> None:
 
 
 def test_of_random_tokens_perplexity_is_not_decided() -> None:
-    gates = read_gates("int8")
+    gates = scenario_gates("int8")
     random = replace(errors(2000, nll=np.nan), scored=np.zeros(2000, bool))
     found = measure([scenario("a", errors(2000)), scenario("b", random)], [])
     assert found["perplexity_ratio"].positions == 0
-    assert [gate.metric for gate in undecided(gates, found)] == ["perplexity_ratio"]
+    (left,) = undecided(gates, found)
+    assert (left.gate.metric, left.why) == ("perplexity_ratio", "takes 1,000 positions of text, found 0")
     assert "perplexity_ratio" not in {result.name for result in judge(gates, found)}
 
 
@@ -149,7 +165,7 @@ def test_logits_of_the_token_before_fail_the_gate_of_perplexity(precision: str) 
             ],
             [],
         )
-        gates = {result.name: result for result in judge(read_gates(precision), found)}
+        gates = {result.name: result for result in judge(scenario_gates(precision), found)}
         assert gates["perplexity_ratio"].measured.positions == 1199
         assert gates["perplexity_ratio"].passed is passed
 
@@ -171,7 +187,7 @@ def test_failed_calls_and_wrong_pokes_are_counted() -> None:
 
 def test_a_scenario_without_a_position_fails_every_rounding_gate() -> None:
     found = measure([scenario("a", concatenate([]), "it broke")], [])
-    failed = {result.name for result in judge(read_gates("fp16"), found) if not result.passed}
+    failed = {result.name for result in judge(scenario_gates("fp16"), found) if not result.passed}
     assert failed >= {"calls_failed", "logit_error_max", "kl_max", "kl_mean"}
 
 
@@ -179,12 +195,71 @@ def test_a_gate_that_needs_more_positions_is_left_out_by_name() -> None:
     gates = [Gate("top1_agreement", "at_least", 0.99, "", 1000), Gate("kl_max", "at_most", 1.0, "")]
     found = measure([scenario("a", errors(999))], [])
     assert [result.name for result in judge(gates, found)] == ["kl_max"]
-    assert [gate.metric for gate in undecided(gates, found)] == ["top1_agreement"]
+    assert [left.gate.metric for left in undecided(gates, found)] == ["top1_agreement"]
     enough = measure([scenario("a", errors(1000))], [])
     assert len(judge(gates, enough)) == 2
-    assert undecided(gates, enough) == []
+    assert undecided(gates, enough) == ()
 
 
 def test_a_gate_about_something_unmeasured_is_refused() -> None:
     with pytest.raises(ValidationError, match="kl_max was not measured"):
         judge([Gate("kl_max", "at_most", 1.0, "")], {})
+
+
+def test_a_part_that_was_not_run_passes_nothing() -> None:
+    gates = [Gate("weights_wrong", "at_most", 0, ""), Gate("kl_max", "at_most", 1.0, "")]
+    found = {**measure([scenario("a", errors(5))], []), "weights_wrong": None}
+    assert [result.name for result in judge(gates, found)] == ["kl_max"]
+    (left,) = undecided(gates, found)
+    assert (left.gate.metric, left.why) == ("weights_wrong", "not run")
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder / "own.toml"
+    path.write_text(text)
+    return path
+
+
+def test_an_override_tightens_and_adds(tmp_path: Path) -> None:
+    own = table(
+        tmp_path,
+        "[fp16.kl_max]\nat_most = 1e-3\nreason = 'ours'\n"
+        "[every.perplexity_ratio]\nat_most = 1.01\nreason = 'x'\n"
+        "[fp16.top1_agreement]\nat_least = 0.995\nreason = 'y'\n[fp32.kl_max]\nat_most = 0\nreason = 'z'",
+    )
+    usual = {gate.metric: gate for gate in read_gates("fp16")}
+    found = {gate.metric: gate for gate in read_gates("fp16", override=own)}
+    changed = {name: gate for name, gate in found.items() if gate != usual.get(name)}
+    assert changed == {
+        "kl_max": Gate("kl_max", "at_most", 1e-3, "ours"),
+        "perplexity_ratio": Gate("perplexity_ratio", "at_most", 1.01, "x"),
+        "top1_agreement": Gate("top1_agreement", "at_least", 0.995, "y", 1000),
+    }
+    assert list(found) == sorted(found, key=list(TITLES).index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[fp16.kl_max]\nat_most = 0.02\nreason = 'x'", "at_most 0.02 is looser than at_most 0.01"),
+        ("[every.kl_max]\nat_most = 0.02\nreason = 'x'", "at_most 0.02 is looser than at_most 0.01"),
+        ("[fp16.top1_agreement]\nat_least = 0.9\nreason = 'x'", "at_least 0.9 is looser than at_least 0.99"),
+        (
+            "[fp16.top1_agreement]\nat_least = 1\nmin_positions = 5000\nreason = 'x'",
+            "5000 positions are asked for before it decides, 1000 are enough",
+        ),
+        ("[fp16.wisdom]\nat_least = 1\nreason = 'x'", "unknown metric 'wisdom'"),
+        ("[bf16.wisdom]\nat_least = 1\nreason = 'x'", "unknown metric 'wisdom'"),
+        ("[fp17.kl_max]\nat_most = 0\nreason = 'x'", "unknown precision 'fp17'; known are every, fp32"),
+        ("[fp16.kl_max]\nat_most = 0", "a reason"),
+    ],
+)
+def test_an_override_that_loosens_or_is_damaged_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as error:
+        read_gates("fp16", override=table(tmp_path, text))
+    assert "own.toml" in str(error.value) or "wisdom" in message
+
+
+def test_the_same_limit_is_no_loosening(tmp_path: Path) -> None:
+    own = table(tmp_path, "[fp16.kl_max]\nat_most = 0.01\nreason = 'x'")
+    assert {gate.metric: gate.limit for gate in read_gates("fp16", override=own)}["kl_max"] == 0.01

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,83 +12,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mistral_trt.contract import GraphContract, Ring
-from mistral_trt.validate import report as validate_report
-from mistral_trt.validate.gates import ScenarioResult, judge, measure, read_gates
-from mistral_trt.validate.greedy import Divergence, GreedyAgreement
-from mistral_trt.validate.metrics import LogitErrors, concatenate
-from mistral_trt.validate.plots import COLOURS, Axis, error_plot, sensitivity_plot
+from mistral_trt.contract import Ring
+from mistral_trt.validate import page as validate_page
+from mistral_trt.validate.drawing import COLOURS
+from mistral_trt.validate.figures import figure, number
+from mistral_trt.validate.findings import ActivationRange, Choice, LayerErrors, LayerFindings, WeightFindings
+from mistral_trt.validate.gates import Measured, ScenarioResult, judge, measure, read_gates
+from mistral_trt.validate.greedy import GreedyAgreement
+from mistral_trt.validate.metrics import concatenate
+from mistral_trt.validate.page import plots, render_html
+from mistral_trt.validate.plots import Axis, error_plot, sensitivity_plot
 from mistral_trt.validate.poke import Poke, PokeResult, Question
-from mistral_trt.validate.probes import probes
 from mistral_trt.validate.quality import measure_quality
-from mistral_trt.validate.report import (
-    HTML_NAME,
-    JSON_NAME,
-    Report,
-    figure,
-    number,
-    plots,
-    render_html,
-    write_report,
+from mistral_trt.validate.record import to_json
+from mistral_trt.validate.report import HTML_NAME, JSON_NAME, JUNIT_NAME, Report
+from mistral_trt.validate.report_folder import write_report
+from tests.reports import (
+    CONTRACT,
+    GREEDY,
+    LENGTH,
+    NOTHING_MEASURED,
+    QUANTIZATION,
+    SENSITIVITY,
+    WORST_CASES,
+    errors,
+    full_report,
+    layer_findings,
+    own_precision,
+    report,
+    text_report,
 )
-from mistral_trt.validate.scenarios import scenarios
-from mistral_trt.validate.tokens import random_tokens
-from tests.test_probes import CONFIG
 
-LENGTH = 60
-CONTRACT = GraphContract(CONFIG, "fp16", Ring(8, 4), 1, None)
-GREEDY = GreedyAgreement(15, 45, 41, Divergence(56, 17, 4, 0.03125))
-SENSITIVITY = [
-    {"name": f"model.layers.{i}.{kind}", "error": (i + 1) * size, "kept": i == 3 and kind == "mlp.down_proj"}
-    for i in range(4)
-    for kind, size in (("self_attn.q_proj", 0.01), ("mlp.down_proj", 0.1), ("mlp.up_proj", 0.02))
-] + [{"name": "lm_head", "error": 0.005, "kept": True}]
-QUANTIZATION: dict[str, object] = {
-    "scheme": {"precision": "int8", "weights": "int8", "activations": "int8", "block_size": None},
-    "quantized": [f"w{i}" for i in range(11)],
-    "kept": ["w11", "w12"],
-    "quantized_share": 0.93,
-    "sensitivity": SENSITIVITY,
-    "calibration": {"source": "Old speeches", "sha256": "c" * 64, "samples": 16, "tokens": 512},
-}
-
-
-def errors(size: int, scale: float) -> LogitErrors:
-    """Errors over random tokens: nothing is scored."""
-    draw = np.random.default_rng(size)
-    columns = {
-        name: scale * draw.random(size) for name in ("max_abs", "mean_abs", "relative", "cosine", "kl")
-    }
-    nothing = np.full(size, np.nan)
-    agree, scored = draw.random(size) > 0.1, np.zeros(size, bool)
-    position = np.arange(size)
-    return LogitErrors(position, **columns, agree=agree, nll_reference=nothing, nll=nothing, scored=scored)
-
-
-def text_report(quantization: dict[str, object] | None = None) -> Report:
-    """The report of a text: mean log-likelihood log 20 by the reference, log 25 by the artifact."""
-    plain = report()
-    scored = np.arange(LENGTH) < LENGTH - 1
-    read = [
-        replace(
-            result,
-            errors=replace(
-                result.errors,
-                nll_reference=np.where(scored, np.log(20.0), np.nan),
-                nll=np.where(scored, np.log(25.0), np.nan),
-                scored=scored,
-            ),
-        )
-        for result in plain.scenarios
-    ]
-    return replace(
-        plain,
-        scenarios=tuple(read),
-        tokens=replace(plain.tokens, source="text: own.txt, 3 times over", is_text=True),
-        quality=measure_quality(read, GREEDY),
-        quantization=quantization,
-        contract=CONTRACT if quantization is None else replace(CONTRACT, precision="int8"),
-    )
+WRONG_LAYERS = layer_findings(wrong=7)
+WRONG_WEIGHTS = WeightFindings(363, {"model.layers.7.mlp.up_proj.weight": "it is transposed"}, 0.75)
 
 
 def words(found: Report) -> str:
@@ -96,34 +53,9 @@ def words(found: Report) -> str:
     return " ".join(html.unescape(page).split())
 
 
-def report(scale: float = 1e-5, **changes: object) -> Report:
-    """A report of 60 positions; a scale past the limits fails it."""
-    plans = scenarios(CONTRACT, LENGTH, names=["prefill", "decode", "padded", "stepwise"], seed=0)
-    results = tuple(ScenarioResult(plan, errors(LENGTH, scale), None) for plan in plans)
-    pokes = (PokeResult(Question(26, 27), Poke("q-W", (6,), False), 0, 97),)
-    made = Report(
-        contract=CONTRACT,
-        artifact={
-            "name": "tiny", "folder": "onnx", "manifest_sha256": "a" * 64, "graph_sha256": None,
-            "versions": {"onnx": "1"},
-        },
-        reference={"folder": "checkpoint", "sha256": "b" * 64, "implementation": "Hugging Face"},
-        executed="The ONNX graph ran. No TensorRT engine was executed.",
-        tokens=random_tokens(length=LENGTH, vocab_size=97, seed=0),
-        probes=tuple(probes(CONTRACT, LENGTH)),
-        scenarios=results,
-        pokes=pokes,
-        gates=judge(read_gates("fp16"), measure(results, pokes)),
-        quality=measure_quality(results, GREEDY),
-        quantization=None,
-        notes=(),
-        run={
-            "command": "mistral-trt validate onnx", "seed": 0, "started": "2026-01-01T00:00:00+00:00",
-            "seconds": 1.5, "versions": {"torch": "2"},
-            "machine": {"processor": "P", "cores": 2, "memory_gb": 8.0, "system": "Linux"},
-        },
-    )  # fmt: skip
-    return replace(made, **changes)  # type: ignore[arg-type]
+def everything(results: Sequence[ScenarioResult]) -> dict[str, Measured | None]:
+    """What is measured of scenarios, the parts not run."""
+    return {**measure(results, ()), **NOTHING_MEASURED}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +66,7 @@ def page() -> str:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly all of a page's time is spent on drawing."""
-    monkeypatch.setattr(validate_report, "plots", lambda _: {})
+    monkeypatch.setattr(validate_page, "plots", lambda _: {})
 
 
 class _Elements(HTMLParser):
@@ -161,8 +93,9 @@ class _Elements(HTMLParser):
 
 
 def test_the_record_holds_everything_and_no_nan() -> None:
-    found = json.loads(json.dumps(report().to_json(), allow_nan=False))
-    assert found["format_version"] == 2
+    found = json.loads(json.dumps(to_json(report()), allow_nan=False))
+    assert found["format_version"] == 3
+    assert found["files"] == [HTML_NAME, JUNIT_NAME]
     assert found["verdict"] == "pass"
     assert found["artifact"]["manifest_sha256"] == "a" * 64
     assert found["reference"]["sha256"] == "b" * 64
@@ -186,9 +119,9 @@ def test_the_record_holds_everything_and_no_nan() -> None:
 def test_a_number_that_is_not_finite_becomes_null() -> None:
     broken = replace(errors(LENGTH, 1e-5), kl=np.full(LENGTH, np.nan))
     results = tuple(replace(result, errors=broken) for result in report().scenarios)
-    gates = judge(read_gates("fp16"), measure(results, ()))
+    gates = judge(read_gates("fp16"), everything(results))
     found = report(scenarios=results, gates=gates)
-    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    data = json.loads(json.dumps(to_json(found), allow_nan=False))
     assert data["verdict"] == "fail"
     assert data["scenarios"][0]["per_position"]["kl"][0] is None
     assert "none" in render_html(found)
@@ -196,7 +129,9 @@ def test_a_number_that_is_not_finite_becomes_null() -> None:
 
 def test_the_verdict_is_one_line_that_names_what_failed() -> None:
     good, bad = report(), report(1.0)
-    assert good.verdict.startswith("PASS tiny fp16: 8 gates hold over 240 positions; Logit error, largest: ")
+    assert good.verdict.startswith(
+        "PASS tiny fp16: 8 gates hold over 240 positions, 8 not decided; Logit error, largest: "
+    )
     assert bad.verdict.startswith("FAIL tiny fp16: 5 of 8 gates failed: Logit error, largest: 1 ")
     assert "(at most 0.5), " in bad.verdict
     assert "\n" not in good.verdict + bad.verdict
@@ -204,14 +139,15 @@ def test_the_verdict_is_one_line_that_names_what_failed() -> None:
 
 def test_the_page_says_its_verdict_first(page: str) -> None:
     text = " ".join(_Elements(page).text.split())
-    assert text.index("Passed") < text.index("What ran") < text.index("Gates") < text.index("Scenarios")
+    assert text.index("Passed") < text.index("What ran") < text.index("What was compared with what")
+    assert text.index("What was compared with what") < text.index("Gates") < text.index("Scenarios")
     failed = " ".join(_Elements(render_html(report(1.0))).text.split())
     assert failed.index("Failed") < failed.index("allowed at most 0.5") < failed.index("What ran")
     assert "Passed" not in failed
 
 
 def test_quality_is_recorded_with_its_text() -> None:
-    found = json.loads(json.dumps(text_report().to_json(), allow_nan=False))
+    found = json.loads(json.dumps(to_json(text_report()), allow_nan=False))
     quality = found["quality"]
     assert quality["scenario"] == "prefill"
     assert quality["tokens"] == "text: own.txt, 3 times over"
@@ -238,7 +174,7 @@ def test_quality_is_of_whole_chunks_wherever_they_stand() -> None:
 
 @pytest.mark.usefixtures("without_pictures")
 def test_of_random_tokens_no_perplexity_is_recorded_or_shown() -> None:
-    assert report().to_json()["quality"]["perplexity"] is None
+    assert to_json(report())["quality"]["perplexity"] is None
     text = words(report())
     assert "The tokens are random, there is no text to predict, so no perplexity is given." in text
     assert "over the reference's" not in text
@@ -248,7 +184,7 @@ def test_of_random_tokens_no_perplexity_is_recorded_or_shown() -> None:
 @pytest.mark.usefixtures("without_pictures")
 def test_the_page_shows_quality_and_its_text() -> None:
     text = words(text_report())
-    section = text[text.index("Quality Read:") : text.index("At the probes")]
+    section = text[text.index("Quality How") : text.index("At the probes")]
     assert "Read: text: own.txt, 3 times over, 60 tokens in whole chunks; 59 of them are scored" in section
     assert "random" not in section
     assert "Perplexity 25 the reference's 20 over the reference's 1.25" in section
@@ -271,9 +207,9 @@ def test_a_continuation_that_never_parts_or_never_began_is_told() -> None:
 @pytest.mark.usefixtures("without_pictures")
 def test_the_page_and_the_record_show_what_was_quantized() -> None:
     found = text_report(QUANTIZATION)
-    assert found.to_json()["quantization"] == QUANTIZATION
+    assert to_json(found)["quantization"] == QUANTIZATION
     page = words(found)
-    text = page[page.index("Quantization Weights") : page.index("At the probes")]
+    text = page[page.index("Quantization What") : page.index("At the probes")]
     assert "Weights in int8, activations in int8: 11 weights, which are 93 % of the linears' bytes." in text
     assert "2 were kept in float16" in text
     assert "The 10 worst:" in text
@@ -312,10 +248,10 @@ def test_the_first_numbers_are_those_of_the_gates_there_are() -> None:
     found = text_report(QUANTIZATION)
     names = {"fp16": ["logit_error_max", "kl_max"], "int8": ["kl_mean"]}
     for precision, shown in names.items():
-        gates = judge(read_gates(precision), measure(found.scenarios, ()))
+        gates = judge(read_gates(precision), everything(found.scenarios))
         assert [gate.name for gate in replace(found, gates=gates).headlines] == shown
     enough = [replace(gate, min_positions=1) for gate in read_gates("int8")]
-    gates = judge(enough, measure(found.scenarios, ()))
+    gates = judge(enough, everything(found.scenarios))
     assert [gate.name for gate in replace(found, gates=gates).headlines] == [
         "perplexity_ratio", "kl_mean", "top1_agreement",
     ]  # fmt: skip
@@ -334,7 +270,7 @@ def test_the_linears_are_drawn_by_kind_in_the_order_of_the_forward_pass() -> Non
 
 
 def test_the_page_is_well_formed_and_ids_are_unique() -> None:
-    page = render_html(text_report(QUANTIZATION))
+    page = render_html(full_report(layers=WRONG_LAYERS, weights=WRONG_WEIGHTS))
     elements = _Elements(page)
     assert elements.open == []
     ids = [value for _, name, value in elements.attributes if name == "id"]
@@ -369,6 +305,19 @@ def test_what_comes_from_outside_is_escaped() -> None:
             artifact={**found.artifact, "name": hostile, "folder": hostile, "versions": {hostile: hostile}},
             run={**found.run, "command": hostile},
             notes=(hostile,),
+            undecided=(replace(found.undecided[0], why=hostile),),
+            weights=WeightFindings(1, {hostile: hostile}, None),
+            layers=LayerFindings(hostile, (), ()),
+            own_precision=replace(own_precision(errors(LENGTH, 1.0)), words=hostile),
+            worst_cases=(
+                replace(
+                    WORST_CASES[0],
+                    scenario=hostile,
+                    context=hostile,
+                    expected=Choice(1, hostile, 0.5),
+                    found=Choice(2, hostile, 0.5),
+                ),
+            ),
             tokens=replace(found.tokens, source=hostile, is_text=True),
             quantization={
                 **QUANTIZATION,
@@ -378,7 +327,7 @@ def test_what_comes_from_outside_is_escaped() -> None:
         )
     )
     assert hostile not in page
-    assert page.count("&lt;script&gt;") >= 9
+    assert page.count("&lt;script&gt;") >= 19
 
 
 def test_the_same_numbers_give_the_same_bytes(page: str) -> None:
@@ -386,8 +335,8 @@ def test_the_same_numbers_give_the_same_bytes(page: str) -> None:
 
 
 def test_pictures_are_xml_without_colours_or_fonts_of_their_own() -> None:
-    pictures = plots(text_report(QUANTIZATION))
-    assert set(pictures) == {"error", "kl", "agreement", "sensitivity"}
+    pictures = plots(full_report(layers=WRONG_LAYERS))
+    assert set(pictures) == {"error", "kl", "agreement", "sensitivity", "depth", "slots", "ranges"}
     for name, picture in pictures.items():
         ElementTree.fromstring(picture)
         assert picture.startswith("<svg viewBox=")
@@ -400,8 +349,7 @@ def test_pictures_mark_turns_probes_and_the_gate() -> None:
     found = report()
     axis = Axis(CONTRACT, LENGTH, found.probes)
     assert axis.turns()[:4] == [(8, "W"), (12, "R"), (16, "2W"), (24, "3W = 2R")]
-    gates = {gate.name: gate for gate in found.gates}
-    marked = error_plot(found.scenarios, "max_abs", axis=axis, limit=gates["logit_error_max"], name="a")
+    marked = error_plot(found.scenarios, "max_abs", axis=axis, limit=0.5, name="a")
     plain = error_plot(found.scenarios, "max_abs", axis=axis, limit=None, name="a")
     assert ">3W = 2R<" in marked
     assert "var(--bad)" in marked
@@ -420,7 +368,7 @@ def test_a_scenario_that_broke_is_still_drawn_and_told() -> None:
         replace(first, errors=errors(7, 1e-5), failure="RuntimeError: no <room>"),
         replace(others[0], errors=concatenate([]), failure="RuntimeError: at once"),
     )
-    gates = judge(read_gates("fp16"), measure(results, ()))
+    gates = judge(read_gates("fp16"), everything(results))
     page = render_html(report(scenarios=results, gates=gates))
     text = " ".join(_Elements(page).text.split())
     assert "prefill stopped at position 7. RuntimeError: no <room>" in text
@@ -442,6 +390,7 @@ def test_a_wrong_poke_is_shown_open() -> None:
     [
         (0, "0"), (2312, "2,312"), (0.106008, "0.106"), (0.99784, "0.9978"), (4.6581, "4.658"),
         (5e-4, "5 × 10⁻⁴"), (1e-7, "10⁻⁷"), (1.53e-4, "1.5 × 10⁻⁴"),
+        (99951.7, "99,952"), (2e8 / 3, "6.7 × 10⁷"), (1e300, "10³⁰⁰"),
         (float("nan"), "none"), (float("inf"), "infinity"),
     ],
 )  # fmt: skip
@@ -455,7 +404,102 @@ def test_numbers_keep_four_digits() -> None:
     assert number(float("inf")) is None
 
 
-def test_both_files_are_written(tmp_path: Path) -> None:
+def test_all_three_files_are_written(tmp_path: Path) -> None:
     write_report(report(), tmp_path)
     assert json.loads((tmp_path / JSON_NAME).read_text())["verdict"] == "pass"
     assert (tmp_path / HTML_NAME).read_text().startswith("<!doctype html>")
+    assert (tmp_path / JUNIT_NAME).read_bytes().startswith(b"<?xml")
+    assert {path.name for path in tmp_path.iterdir()} == {HTML_NAME, JSON_NAME, JUNIT_NAME}
+
+
+def test_the_first_wrong_layer_is_named_wherever_the_verdict_is() -> None:
+    found = full_report(layers=WRONG_LAYERS)
+    assert {gate.name for gate in found.failed} == {"layer_update_error_max"}
+    assert found.verdict.endswith("layer 7 (position 11); first wrong layer: 7")
+    assert to_json(found)["layers"]["first_wrong"]["layer"] == 7
+    healthy = full_report()
+    assert healthy.passed
+    assert healthy.offender is None
+    assert to_json(healthy)["layers"]["first_wrong"] is None
+    assert "first wrong layer" not in healthy.verdict
+
+
+def test_a_layer_that_only_stands_out_fails_nothing_and_is_shown() -> None:
+    found = full_report(layers=layer_findings(wrong=3, offset=0.01))
+    assert found.passed
+    assert found.offender is not None
+    assert (found.offender.layer, found.offender.limit) == (3, None)
+    assert "stand out" not in found.verdict
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_page_shows_every_part() -> None:
+    text = words(full_report(layers=WRONG_LAYERS, weights=WRONG_WEIGHTS))
+    assert "Where to look: first wrong layer: 7." in text
+    assert "The reference ran in float16 on the CPU. Side Against" in text
+    assert "own precision reference 60" in text
+    assert "artifact own precision 60" in text
+    assert "artifact reference 60" in text
+    assert "Position 50, decode, KL 0.02 … and the great white whale, number 0, came" in text
+    assert "Reference: up 41.0 % · Artifact: token 4 40.0 %" in text
+    assert "363 compared, 1 wrong." in text
+    assert "model.layers.7.mlp.up_proj.weight it is transposed" in text
+    assert "0.75 steps of its scale away" in text
+    assert "Layer 7 is the first above its gate: its update is off by 0.0864" in text
+    assert "Not decided: takes 1,000 positions, found 60" in text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_part_that_was_not_run_is_not_shown_as_one_that_found_nothing() -> None:
+    text = words(report())
+    for heading in ("Stored weights Every", "Layer by layer", "Worst cases", "told apart"):
+        assert heading not in text
+    assert "Stored weights that are wrong" in text
+    assert text.count("Not decided: not run") == 7
+    assert "all 8 gates hold over 240 compared positions; 8 more could not be decided." in text
+
+
+def test_the_record_holds_every_part() -> None:
+    found = json.loads(json.dumps(to_json(full_report(layers=WRONG_LAYERS)), allow_nan=False))
+    assert found["weights"] == {"compared": 363, "wrong": {}, "worst_steps": 0.5}
+    layers = WRONG_LAYERS.layers
+    recorded = found["layers"]["layers"][7]
+    assert recorded["index"] == 7
+    assert recorded["update"] == {
+        "mean": number(np.mean(layers[7].update)),
+        "max": number(np.max(layers[7].update)),
+        "position": int(np.argmax(layers[7].update)),
+    }
+    assert recorded["keys"]["position"] == layers[7].positions[np.argmax(layers[7].keys)]
+    assert len(found["layers"]["ranges"]) == len(WRONG_LAYERS.ranges)
+    sides = [(pair["side"], pair["against"]) for pair in found["own_precision"]["pairs"]]
+    assert sides == [("own precision", "reference"), ("artifact", "own precision"), ("artifact", "reference")]
+    assert found["own_precision"]["pairs"][0]["perplexity"]["side"] == 25
+    assert len(found["worst_cases"]) == 10
+    assert found["worst_cases"][0]["expected"] == {"token": 17, "text": " up", "probability": 0.41}
+    plain = to_json(report())
+    for part in ("weights", "layers", "own_precision", "worst_cases"):
+        assert plain[part] is None
+
+
+def test_what_is_not_finite_is_drawn_and_recorded() -> None:
+    """NaN and infinity in every array of a layer."""
+    first, second, *others = layer_findings().layers
+    nothing = np.full(12, np.nan)
+    broken = LayerErrors(1, np.full(60, np.inf), np.full(60, np.nan), second.positions, nothing, nothing)
+    ranges = (ActivationRange("residual", 1, np.inf, 1.0), ActivationRange("x", 1, np.nan, 0.0))
+    found = full_report(layers=LayerFindings("", (first, broken, *others), ranges))
+    assert found.offender is not None
+    assert found.offender.layer == 1
+    data = json.loads(json.dumps(to_json(found), allow_nan=False))
+    assert data["layers"]["layers"][1]["update"] == {"mean": None, "max": None, "position": 0}
+    assert data["layers"]["ranges"][0]["largest"] is None
+    assert ">infinity, layer 1<" in plots(found)["ranges"]
+
+
+def test_the_offender_is_marked_in_the_picture() -> None:
+    def circles(found: Report) -> int:
+        return plots(found)["depth"].count(">layer 7<")
+
+    assert circles(full_report(layers=WRONG_LAYERS)) == 1
+    assert circles(full_report()) == 0

@@ -27,14 +27,14 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import Logits, RollingCache, Step
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate import comparison, report
+from mistral_trt.validate import comparison, page
 from mistral_trt.validate.__main__ import validate
+from mistral_trt.validate.artifact_run import in_words
 from mistral_trt.validate.comparison import validate_artifact
 from mistral_trt.validate.greedy import GreedyAgreement
 from mistral_trt.validate.job import Job
 from mistral_trt.validate.reference import load_model
 from mistral_trt.validate.report import Report
-from mistral_trt.validate.trials import in_words
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 
@@ -205,7 +205,7 @@ RUNTIME_FAULTS = [
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a short validation is spent on drawing, which test_report.py looks after."""
-    monkeypatch.setattr(report, "plots", lambda _: {})
+    monkeypatch.setattr(page, "plots", lambda _: {})
 
 
 def failed_gates(folder: Path, checkpoint: Path, out: Path) -> set[str]:

@@ -1,33 +1,37 @@
 """Artifact + checkpoint → report: the stage's one public function, in the order of the work."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 from mistral_trt.artifact import new_artifact, require_apart
-from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
-from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
-from mistral_trt.progress import note
-from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.engine import open_cache
-from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from mistral_trt.progress import note, track
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate import gates as table
-from mistral_trt.validate.budget import check_length
-from mistral_trt.validate.gates import ScenarioResult
-from mistral_trt.validate.greedy import GreedyAgreement, greedy_agreement, split
+from mistral_trt.validate.budget import FULL, check_length
+from mistral_trt.validate.expected_time import (
+    Work,
+    in_words,
+    measure_speed,
+    poke_work,
+    predict_seconds,
+    scenario_work,
+)
+from mistral_trt.validate.findings import WeightFindings
+from mistral_trt.validate.gates import Gate
 from mistral_trt.validate.job import Job
-from mistral_trt.validate.poke import PokeResult
+from mistral_trt.validate.parts import measure_parts
+from mistral_trt.validate.poke import questions
+from mistral_trt.validate.polygraphy_run import ENGINE, LAYERS, PolygraphyResult, run_polygraphy
 from mistral_trt.validate.probes import probes
 from mistral_trt.validate.provenance import (
     describe_artifact,
+    describe_engine,
     describe_execution,
     describe_failures,
     describe_limits,
@@ -36,18 +40,17 @@ from mistral_trt.validate.provenance import (
     describe_undecided,
 )
 from mistral_trt.validate.quality import measure_quality
-from mistral_trt.validate.reference import (
-    Reference,
-    load_model,
-    require_memory,
-    require_same_checkpoint,
-    run_reference,
-)
-from mistral_trt.validate.report import JSON_NAME, Report, write_report
-from mistral_trt.validate.scenarios import scenarios
+from mistral_trt.validate.reference import require_memory, require_same_checkpoint
+from mistral_trt.validate.report import JSON_NAME, Report
+from mistral_trt.validate.report_folder import write_report
+from mistral_trt.validate.scenarios import Scenario, scenarios
+from mistral_trt.validate.stored_weights import compare_weights
+from mistral_trt.validate.streaming import compare_streaming
+from mistral_trt.validate.subject import Subject, open_subject
+from mistral_trt.validate.tokenizer_check import compare_tokenizers
 from mistral_trt.validate.tokens import TEXT, Tokens, random_tokens, text_tokens
-from mistral_trt.validate.trials import run_greedy, run_pokes, run_scenario
-from mistral_trt.validate.twin import float32_twin
+from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.whole import compare_whole
 
 
 def validate_artifact(job: Job) -> Report:
@@ -57,121 +60,131 @@ def validate_artifact(job: Job) -> Report:
     """
     require_apart(job.out, job.folder)
     require_apart(job.out, job.reference)
-    manifest = read_manifest(job.folder)
-    require_runnable(job.folder, manifest)
+    subject = open_subject(job.folder, job.onnx)
+    limits = table.read_gates(subject.contract.precision, override=job.gates)
+    if job.streaming and subject.runs_engine:
+        raise ValidationError("an engine runs whole on its GPU; leave --streaming out")
     source = Checkpoint.open(job.reference, [Adapter.open(adapter, scale) for adapter, scale in job.loras])
-    require_same_checkpoint(manifest, source)
-    tokens = choose_tokens(job, manifest)
-    require_memory(source, len(tokens.ids))
+    require_same_checkpoint(subject.manifest, source)
+    tokens = choose_tokens(job, subject)
+    require_memory(source, len(tokens.ids), streaming=job.streaming)
+    trial = Trial(job, subject, source, tokens, plan(job, subject, source, len(tokens.ids)))
     with new_artifact(job.out, JSON_NAME) as partial:
-        report = run(job, manifest, source=source, tokens=tokens)
+        report = run(trial, limits)
         write_report(report, partial)
     return report
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What was found.  failures: place outside the scenarios → why a call failed there, or None."""
-
-    scenarios: tuple[ScenarioResult, ...]
-    greedy: GreedyAgreement
-    pokes: tuple[PokeResult, ...]
-    failures: Mapping[str, str | None]
-
-
-def run(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> Report:
-    """Everything that takes time."""
-    started, clock = datetime.now(UTC), time.monotonic()
-    contract, length = manifest.contract, len(tokens.ids)
-    limits = table.read_gates(contract.precision)
-    found = compare(job, manifest, source=source, tokens=tokens)
-    failures = {place: why for place, why in found.failures.items() if why is not None}
-    measured = table.measure(found.scenarios, found.pokes, failures=list(failures))
-    return Report(
-        contract=contract,
-        artifact=describe_artifact(job.folder, manifest),
-        reference=describe_reference(source, contract),
-        executed=describe_execution(contract),
-        tokens=tokens,
-        probes=tuple(probes(contract, length)),
-        scenarios=found.scenarios,
-        pokes=found.pokes,
-        gates=table.judge(limits, measured),
-        quality=measure_quality(found.scenarios, found.greedy),
-        quantization=manifest.details.get("quantization"),
-        notes=tuple(
-            describe_failures(failures)
-            + describe_limits(contract, length)
-            + describe_undecided(table.undecided(limits, measured))
-        ),
-        run=describe_run(job.command, job.seed, started=started, seconds=time.monotonic() - clock),
-    )
-
-
-def compare(job: Job, manifest: Manifest, *, source: Checkpoint, tokens: Tokens) -> Findings:
-    """Run both sides.
-
-    The artifact is opened twice, for its continuation and for the rest, with the reference loaded between:
-    the two are never in memory together.
-    """
-    contract = manifest.contract
-    weights = sum(weight.elements for weight in source.weights.values())
-    length = len(tokens.ids)
-    names = job.budget.scenarios(length=length, weights=weights)
-    plans = scenarios(contract, length, names=names, seed=job.seed)
-    with runnable(job, manifest) as open_artifact:
-        generated, stopped = run_greedy(open_artifact(), tokens)
-        expected, greedy = run_references(source, contract, tokens=tokens, generated=generated)
-        cache = open_artifact()
-        results = tuple(run_scenario(cache, plan, tokens=tokens, references=[expected])[0] for plan in plans)
-        pokes, failure = run_pokes(cache, tokens)
-    return Findings(results, greedy, tuple(pokes), {"greedy": stopped, "poke": failure})
-
-
-def require_runnable(folder: Path, manifest: Manifest) -> None:
-    """Raise ValidationError for a TensorRT engine: without its GPU it cannot be executed."""
-    if manifest.stage != "onnx":
-        made_from = str(manifest.sources.get("onnx", "unknown"))
-        raise ValidationError(
-            f"{folder} holds a TensorRT engine, which runs on its GPU only and not here; validate the ONNX "
-            f"folder it was built from (manifest {made_from[:12]}…): the graph is the same"
-        )
-
-
-def choose_tokens(job: Job, manifest: Manifest) -> Tokens:
+def choose_tokens(job: Job, subject: Subject) -> Tokens:
     """Text where the artifact has a tokenizer, else random tokens. Raises ValidationError."""
-    contract = manifest.contract
+    contract = subject.contract
     vocab_size = contract.config.vocab_size
     length = job.budget.length(contract) if job.length is None else check_length(job.length, contract)
     if job.random_tokens:
         return random_tokens(length=length, vocab_size=vocab_size, seed=job.seed)
-    if "tokenizer.json" in manifest.files:
-        tokenizer = Tokenizer.from_folder(job.folder)
+    if "tokenizer.json" in subject.manifest.files:
+        tokenizer = Tokenizer.from_folder(subject.folder)
         return text_tokens(tokenizer, job.text or TEXT, length=length, vocab_size=vocab_size)
     if job.text is not None:
         raise ValidationError(
-            f"{job.folder} has no tokenizer, so --text cannot be read; leave it out for random tokens"
+            f"{subject.folder} has no tokenizer, so --text cannot be read; leave it out for random tokens"
         )
     return random_tokens(length=length, vocab_size=vocab_size, seed=job.seed)
 
 
-@contextmanager
-def runnable(job: Job, manifest: Manifest) -> Iterator[Callable[[], RollingCache]]:
-    """What opens the artifact itself, or its float32 twin where a CPU cannot run bfloat16; anew each time."""
-    if manifest.contract.cache_dtype != "bfloat16":
-        yield partial(open_cache, job.folder, threads=job.threads, trust_weights=True, exact=True)
-        return
-    note("bf16: making the float32 twin")
-    with float32_twin(job.folder / GRAPH_NAME, manifest.contract) as (path, contract):
-        yield lambda: RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
+def plan(job: Job, subject: Subject, source: Checkpoint, length: int) -> tuple[Scenario, ...]:
+    names = job.budget.scenarios(length=length, weights=elements(source))
+    return tuple(scenarios(subject.contract, length, names=names, seed=job.seed))
 
 
-def run_references(
-    source: Checkpoint, contract: GraphContract, *, tokens: Tokens, generated: Sequence[int]
-) -> tuple[Reference, GreedyAgreement]:
-    """The reference over the tokens, and what it says to the continuation; the model is gone afterwards."""
-    note(f"reference: {len(tokens.ids)} positions through MistralForCausalLM, float32, eager attention")
-    model = load_model(source, sliding_window=contract.ring.sliding_window)
-    prompt, _ = split(len(tokens.ids))
-    continued = run_reference(model, [*tokens.ids[:prompt], *generated])
-    return run_reference(model, tokens.ids), greedy_agreement(continued, generated, prompt_tokens=prompt)
+def elements(source: Checkpoint) -> int:
+    """Parameters of the model."""
+    return sum(weight.elements for weight in source.weights.values())
+
+
+def run(trial: Trial, limits: Sequence[Gate]) -> Report:
+    """Everything that takes time."""
+    started, clock = datetime.now(UTC), time.monotonic()
+    job, subject, contract, length = trial.job, trial.subject, trial.contract, len(trial.tokens.ids)
+    expected = predicted_seconds(trial)
+    note(f"{job.budget.name}: {length} positions, {in_words(expected)} on this machine (predicted)")
+    weights = stored_weights(trial)
+    found = compare_streaming(trial) if job.streaming else compare_whole(trial)
+    polygraphy = polygraphy_verdicts(trial)
+    failures = {
+        **found.failures,
+        **{f"polygraphy {p.name}": p.words for p in polygraphy if p.passed is False},
+    }
+    measured = {
+        **table.measure(found.scenarios, found.pokes, failures=list(failures)),
+        **measure_parts(layers=found.layers, own=found.own_precision, weights=weights, ring=contract.ring),
+    }
+    left = table.undecided(limits, measured)
+    return Report(
+        contract=contract,
+        artifact=describe_artifact(subject) | describe_engine(subject, polygraphy),
+        reference=describe_reference(trial.source, contract, streaming=job.streaming),
+        executed=describe_execution(subject),
+        tokens=trial.tokens,
+        probes=tuple(probes(contract, length)),
+        scenarios=found.scenarios,
+        pokes=found.pokes,
+        gates=table.judge(limits, measured),
+        undecided=left,
+        weights=weights,
+        layers=found.layers,
+        own_precision=found.own_precision,
+        worst_cases=found.worst_cases,
+        quality=measure_quality(found.scenarios, found.greedy),
+        quantization=subject.manifest.details.get("quantization"),
+        notes=(
+            *describe_failures(failures),
+            *found.notes,
+            *describe_limits(contract, length),
+            *describe_undecided(left),
+        ),
+        run=describe_run(job, started=started, seconds=time.monotonic() - clock, predicted_seconds=expected),
+    )
+
+
+def predicted_seconds(trial: Trial) -> float:
+    """Of everything, before it is run."""
+    contract, length = trial.contract, len(trial.tokens.ids)
+    layers, own = contract.config.num_hidden_layers, trial.compares_own_precision
+    work = Work(tokens=(3 + own) * length, steps=0, compared=length * own, layer_runs=layers)
+    for scenario in trial.plans:
+        work += scenario_work(scenario)
+    poked = poke_work(contract, questions(contract, length))
+    weights = elements(trial.source)
+    seconds = predict_seconds(work, contract, weights=weights, speed=(speed := measure_speed()))
+    of_the_model = weights // layers if trial.job.streaming else weights
+    return seconds + predict_seconds(poked, contract, weights=of_the_model, speed=speed)
+
+
+def stored_weights(trial: Trial) -> WeightFindings:
+    """Weights and tokenizer against the checkpoint's, before anything is computed with them."""
+    source = trial.source
+    with track("weights", len(source.weights), unit="tensors") as advance:
+        found = compare_weights(trial.folder, trial.contract, source, advance=advance)
+    tokenizer = compare_tokenizers(trial.folder, source, text_of(trial.job))
+    if tokenizer is None or not tokenizer.differ:
+        return found
+    words = (
+        f"{tokenizer.differ:,} of {tokenizer.tokens:,} tokens of the text are not the checkpoint's, the first "
+        f"{tokenizer.where}"
+    )
+    return replace(found, wrong={**found.wrong, "tokenizer.json": words})
+
+
+def text_of(job: Job) -> str:
+    path: Path = job.text or TEXT
+    return path.read_text(encoding="utf-8")
+
+
+def polygraphy_verdicts(trial: Trial) -> tuple[PolygraphyResult, ...]:
+    """Of the engine where it runs here; its layers too where everything is asked for."""
+    engine = trial.subject.engine
+    if engine is None or not trial.subject.runs_engine:
+        return ()
+    names = (*ENGINE, *LAYERS) if trial.job.budget is FULL else ENGINE
+    return run_polygraphy(trial.subject, engine, names)

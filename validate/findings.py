@@ -83,3 +83,32 @@ class WeightFindings:
     compared: int
     wrong: Mapping[str, str]
     worst_steps: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token that one side puts first.
+
+    text: empty without a tokenizer.  probability: what that side gives it.
+    """
+
+    token: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """A position where the two sides are far apart, for a person to read.
+
+    kl: KL(reference || artifact) there, in nats.  context: text up to the token at `position`, its own the
+    last; empty without a tokenizer.  expected: the reference's first choice of the next token.  found: the
+    artifact's.
+    """
+
+    scenario: str
+    position: int
+    kl: float
+    context: str
+    expected: Choice
+    found: Choice

@@ -1,4 +1,4 @@
-"""Measured numbers + the table of limits → gates passed and gates failed."""
+"""Measured numbers + the table of limits → gates passed, failed and not decided."""
 
 import math
 import tomllib
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.errors import ValidationError
 from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
 from mistral_trt.validate.poke import PokeResult
@@ -16,6 +17,7 @@ TABLE = Path(__file__).with_name("gates.toml")
 
 TITLES = {
     "calls_failed": "Calls that failed",
+    "weights_wrong": "Weights or tokenizer that are not the checkpoint's",
     "hidden_slots_seen": "Hidden slots that showed",
     "visible_slots_unseen": "Visible slots that did not show",
     "logit_error_max": "Logit error, largest",
@@ -25,8 +27,17 @@ TITLES = {
     "cosine_distance_max": "Cosine distance, largest",
     "perplexity_ratio": "Perplexity, over the reference's",
     "top1_agreement": "Top-1 agreement",
+    "layer_update_error_max": "Layer update error, worst layer",
+    "cache_error_max": "Cache error, worst layer",
+    "activation_max": "Activation, largest",
+    "own_relative_error_mean": "Relative logit error in its own precision, mean",
+    "own_kl_mean": "KL divergence in its own precision, mean",
+    "own_top1_agreement": "Top-1 agreement in its own precision",
 }
 """Every quantity that can be gated, in the order of the report."""
+
+_MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement")
+_KEYS = {"at_most", "at_least", "reason", "min_positions"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,9 @@ class Gate:
     def __post_init__(self) -> None:
         if self.metric not in TITLES:
             raise ValidationError(f"gates: unknown metric {self.metric!r}; known are {', '.join(TITLES)}")
+        bound = "at_least" if self.metric in _MORE_IS_BETTER else "at_most"
+        if self.bound != bound:
+            raise ValidationError(f"gates: {self.metric} takes {bound}, found {self.bound}")
 
     def holds(self, value: float) -> bool:
         """Whether `value` passes; NaN never does."""
@@ -86,46 +100,118 @@ class GateResult:
         return self.gate.holds(self.measured.value)
 
 
-def read_gates(precision: str, table: Path = TABLE) -> list[Gate]:
-    """The gates of a precision, in the order of the report. Raises ValidationError for a damaged table."""
-    try:
-        data = tomllib.loads(table.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValidationError(f"{table} cannot be read as a table of gates: {error}") from error
+@dataclass(frozen=True)
+class Undecided:
+    """A gate that no number was held against.  why: what was missing, in words."""
+
+    gate: Gate
+    why: str
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.gate.metric]
+
+
+def read_gates(precision: str, table: Path = TABLE, override: Path | None = None) -> list[Gate]:
+    """The gates of a precision, in the order of the report.
+
+    override: a user's table of the same shape, whose rows add gates or tighten those of `table`; a row
+    without min_positions keeps that of `table`.
+    Raises ValidationError for a damaged table and for a row that would loosen a gate.
+    """
+    data = _read(table)
     if precision not in data:
         raise ValidationError(f"{table} has no gates for precision {precision!r}")
-    rows = {**data.get("every", {}), **data[precision]}
-    gates = [_gate(metric, row, table) for metric, row in rows.items()]
-    return sorted(gates, key=lambda gate: list(TITLES).index(gate.metric))
+    gates = {metric: _gate(metric, row, table) for metric, row in _rows(data, precision).items()}
+    asked = {} if override is None else _rows(_read(override), precision)
+    for metric, row in asked.items():
+        gates[metric] = _tightened(gates.get(metric), metric, row, override or table)
+    return sorted(gates.values(), key=lambda gate: list(TITLES).index(gate.metric))
 
 
-def _gate(metric: str, row: Mapping[str, Any], table: Path) -> Gate:
-    bounds = sorted({"at_most", "at_least"} & set(row))
-    extra = sorted(set(row) - {"at_most", "at_least", "reason", "min_positions"})
-    if len(bounds) != 1 or extra or "reason" not in row:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Precision → metric → row, every row checked."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValidationError(f"{path} cannot be read as a table of gates: {error}") from error
+    for precision, rows in data.items():
+        if precision not in ("every", *CACHE_DTYPES) or not isinstance(rows, dict):
+            known = ", ".join(["every", *CACHE_DTYPES])
+            raise ValidationError(f"{path}: unknown precision {precision!r}; known are {known}")
+        for metric, row in rows.items():
+            _gate(metric, row, path)
+    return data
+
+
+def _rows(data: Mapping[str, dict[str, Any]], precision: str) -> dict[str, Any]:
+    return {**data.get("every", {}), **data.get(precision, {})}
+
+
+def _gate(metric: str, row: object, table: Path) -> Gate:
+    found = row if isinstance(row, dict) else {}
+    bounds = sorted({"at_most", "at_least"} & set(found))
+    if len(bounds) != 1 or set(found) - _KEYS or not isinstance(found.get("reason"), str):
         raise ValidationError(
             f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions "
-            f"beside them, found {sorted(row)}"
+            f"beside them, found {sorted(found)}"
         )
-    limit = float(row[bounds[0]])
-    return Gate(metric, bounds[0], limit, row["reason"], row.get("min_positions", 0))
+    limit, least = found[bounds[0]], found.get("min_positions", 0)
+    if type(limit) not in (int, float) or not math.isfinite(limit) or type(least) is not int:
+        raise ValidationError(
+            f"{table}: the limit of {metric} must be a finite number and min_positions a whole one, "
+            f"found {limit!r} and {least!r}"
+        )
+    return Gate(metric, bounds[0], float(limit), found["reason"], least)
 
 
-def judge(gates: Sequence[Gate], measured: Mapping[str, Measured]) -> tuple[GateResult, ...]:
-    """Hold each gate against its number; gates that need more positions than there are, are left out.
+def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Path) -> Gate:
+    """The row that a user asks for. Raises ValidationError where it asks for less than ours."""
+    if ours is None:
+        return _gate(metric, row, path)
+    asked = _gate(metric, {"min_positions": ours.min_positions, **row}, path)
+    if not ours.holds(asked.limit):
+        raise ValidationError(
+            f"{path}: {metric} may only be tightened: {asked.bound} {asked.limit:g} is looser than "
+            f"{ours.bound} {ours.limit:g}; take that row out or give a tighter limit"
+        )
+    if asked.min_positions > ours.min_positions:
+        raise ValidationError(
+            f"{path}: {metric} may only be tightened: {asked.min_positions} positions are asked for before "
+            f"it decides, {ours.min_positions} are enough; leave min_positions out"
+        )
+    return asked
 
-    Raises ValidationError for a gate whose number was not measured.
+
+def judge(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[GateResult, ...]:
+    """Hold each gate against its number; those that `undecided` names are left out.
+
+    measured: None where the part that gives the number was not run.
+    Raises ValidationError for a gate whose number is not there at all.
     """
     for gate in gates:
         if gate.metric not in measured:
             raise ValidationError(f"gates: {gate.metric} was not measured in this run")
     pairs = [(gate, measured[gate.metric]) for gate in gates]
-    return tuple(GateResult(gate, found) for gate, found in pairs if found.positions >= gate.min_positions)
+    return tuple(
+        GateResult(gate, found)
+        for gate, found in pairs
+        if found is not None and found.positions >= gate.min_positions
+    )
 
 
-def undecided(gates: Sequence[Gate], measured: Mapping[str, Measured]) -> list[Gate]:
-    """The gates that `judge` leaves out."""
-    return [gate for gate in gates if measured[gate.metric].positions < gate.min_positions]
+def undecided(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[Undecided, ...]:
+    """The gates that `judge` leaves out, each with the reason."""
+    left = []
+    for gate in gates:
+        found = measured[gate.metric]
+        if found is None:
+            left.append(Undecided(gate, "not run"))
+        elif found.positions < gate.min_positions:
+            of_text = " of text" if gate.metric == "perplexity_ratio" else ""
+            why = f"takes {gate.min_positions:,} positions{of_text}, found {found.positions:,}"
+            left.append(Undecided(gate, why))
+    return tuple(left)
 
 
 def measure(

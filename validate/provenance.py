@@ -3,20 +3,26 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
-from mistral_trt.validate.gates import TITLES, Gate
+from mistral_trt.manifest import manifest_sha256, tool_versions
+from mistral_trt.validate.gates import Undecided
+from mistral_trt.validate.job import Job
 from mistral_trt.validate.poke import late_edge
+from mistral_trt.validate.polygraphy_run import PolygraphyResult
+from mistral_trt.validate.subject import Subject
 
 _TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
-def describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def describe_artifact(subject: Subject) -> dict[str, Any]:
+    """The ONNX folder; an engine made of it is described beside it."""
+    folder, manifest = subject.folder, subject.manifest
     return {
         "name": manifest.details.get("name", folder.name),
         "folder": str(folder),
@@ -30,33 +36,64 @@ def describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def describe_reference(source: Checkpoint, contract: GraphContract) -> dict[str, Any]:
-    merged = ", adapters merged by peft" if source.adapters else ""
+def describe_engine(subject: Subject, polygraphy: Sequence[PolygraphyResult]) -> dict[str, Any]:
+    """`engine`: None, or the engine that was named, whether it was run, its audit and Polygraphy's verdicts."""
+    engine = subject.engine
+    if engine is None:
+        return {"engine": None}
+    details, device = engine.manifest.details, engine.device
+    return {
+        "engine": {
+            "folder": str(engine.folder),
+            "manifest_sha256": manifest_sha256(engine.folder),
+            **{key: details.get(key) for key in ("gpus", "flavor", "tensorrt", "weights", "audit")},
+            "executed_on": None if device is None else device.name,
+            "polygraphy": [asdict(result) for result in polygraphy],
+        }
+    }
+
+
+def describe_reference(source: Checkpoint, contract: GraphContract, *, streaming: bool) -> dict[str, Any]:
+    merged = f", adapters merged by {'our reader' if streaming else 'peft'}" if source.adapters else ""
+    how = "one layer in memory at a time" if streaming else "MistralForCausalLM whole in memory"
     return {
         "folder": str(source.folder),
         "format": source.format,
         "sha256": source.sources()["checkpoint"],
-        "implementation": "Hugging Face MistralForCausalLM, float32, eager attention, one forward, no cache"
-        + merged,
+        "implementation": f"Hugging Face's Mistral, {how}, float32, eager attention, every key kept{merged}",
         "sliding_window": contract.ring.sliding_window,
         "config": source.config.to_json(),
     }
 
 
-def describe_execution(contract: GraphContract) -> str:
+def describe_execution(subject: Subject) -> str:
     """What ran and what did not, in words for the report."""
+    if subject.engine is not None and subject.engine.device is not None:
+        return (
+            f"The engine ran in TensorRT on {subject.engine.device.name}. Its layers were followed in the ONNX "
+            "graph it was built from, in ONNX Runtime on the CPU."
+        )
+    return f"{_graph_ran(subject.contract)} {_engine_did_not(subject)}"
+
+
+def _engine_did_not(subject: Subject) -> str:
+    if subject.engine is None:
+        return "No TensorRT engine was executed: that takes the GPU it was built for."
+    details = subject.engine.manifest.details
+    gpus = ", ".join(details.get("gpus", []))
+    return (
+        f"The engine {subject.engine.folder.name} ({gpus}, {details.get('flavor')}) was audited when it was "
+        "built but not executed: this machine has no GPU. What ran is the graph it was built from."
+    )
+
+
+def _graph_ran(contract: GraphContract) -> str:
     runtime = f"ONNX Runtime {tool_versions('onnxruntime').get('onnxruntime', '')}"
-    engine = "No TensorRT engine was executed: that takes the GPU it was built for."
     if contract.cache_dtype == "bfloat16":
         return (
             f"A float32 twin of the ONNX graph ran in {runtime} on the CPU: the same graph over the same "
             "weight bytes, widened to float32, because ONNX Runtime has no bfloat16 kernels there. The "
-            f"rounding of bfloat16 activations is therefore not part of these numbers. {engine}"
-        )
-    if contract.precision in QUANTIZED:
-        return (
-            f"The ONNX graph ran in {runtime} on the CPU, with its kernels for quantized linears; TensorRT "
-            f"has its own. {engine}"
+            "rounding of bfloat16 activations is therefore not part of these numbers."
         )
     dequantized = (
         " Its quantized weights were dequantized when it was loaded, for the numbers to be the graph's: ONNX "
@@ -64,13 +101,20 @@ def describe_execution(contract: GraphContract) -> str:
         if contract.precision in QUANTIZED
         else ""
     )
-    return f"The ONNX graph ran in {runtime} on the CPU.{dequantized} {engine}"
+    return f"The ONNX graph ran in {runtime} on the CPU.{dequantized}"
 
 
 def describe_failures(failures: Mapping[str, str]) -> list[str]:
-    """What stopped outside the scenarios, and why.  failures: "greedy" or "poke" → the error in words."""
-    names = {"greedy": "Greedy generation", "poke": "The poke probe"}
-    return [f"{names[place]} stopped at a call that failed. {why}" for place, why in failures.items()]
+    """What stopped outside the scenarios, and why.  failures: place → the error in words."""
+    names = {
+        "greedy": "Greedy generation",
+        "poke": "The poke probe",
+        "layers": "The run of single layers",
+    }
+    return [
+        f"{names.get(place, place.capitalize())} stopped at a call that failed. {why}"
+        for place, why in failures.items()
+    ]
 
 
 def describe_limits(contract: GraphContract, length: int) -> list[str]:
@@ -95,18 +139,21 @@ def describe_limits(contract: GraphContract, length: int) -> list[str]:
     return notes
 
 
-def describe_undecided(gates: Sequence[Gate]) -> list[str]:
-    return [
-        f"Not gated: {TITLES[gate.metric]}, which takes {gate.min_positions:,} positions"
-        f"{' of text' if gate.metric == 'perplexity_ratio' else ''} or more."
-        for gate in gates
-    ]
+def describe_undecided(left: Sequence[Undecided]) -> list[str]:
+    """Which gates decided nothing, and why: a sentence for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for gate in left:
+        reasons.setdefault(gate.why, []).append(gate.title)
+    return [f"Not gated ({why}): {'; '.join(titles)}." for why, titles in reasons.items()]
 
 
-def describe_run(command: str, seed: int, *, started: datetime, seconds: float) -> dict[str, Any]:
+def describe_run(job: Job, *, started: datetime, seconds: float, predicted_seconds: float) -> dict[str, Any]:
     return {
-        "command": command,
-        "seed": seed,
+        "command": job.command,
+        "budget": job.budget.name,
+        "streaming": job.streaming,
+        "seed": job.seed,
+        "predicted_seconds": round(predicted_seconds),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "machine": {

@@ -8,6 +8,7 @@ import numpy as np
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.findings import Choice, WorstCase
 from mistral_trt.validate.metrics import LogitErrors
+from mistral_trt.validate.trial import Trial
 
 KEPT = 10
 _CONTEXT_TOKENS = 12
@@ -39,10 +40,10 @@ def furthest(found: Sequence[FarPosition]) -> list[FarPosition]:
     return [far for far in ranked if distinct[far.position] is far][:KEPT]
 
 
-def worst_cases(
-    found: Mapping[str, Sequence[FarPosition]], tokens: Sequence[int], tokenizer: Tokenizer | None
-) -> tuple[WorstCase, ...]:
+def worst_cases(found: Mapping[str, Sequence[FarPosition]], trial: Trial) -> tuple[WorstCase, ...]:
     """Of all scenarios the worst positions.  found: by scenario."""
+    tokens, has_text = trial.tokens.ids, "tokenizer.json" in trial.subject.manifest.files
+    tokenizer = Tokenizer.from_folder(trial.folder) if has_text else None
     worst = furthest([far for fars in found.values() for far in fars])
     cases = []
     for far in worst:

@@ -1,8 +1,8 @@
 """`mistral-trt COMMAND …` → the stage that does it.
 
 Stages are imported only when their command is called, so each runs without the other stages' packages.
-Exit status: 0 done, 1 a validation gate failed (or the doctor found something missing), 2 anything that
-stopped the command.
+Exit status: 0 done, 1 a validation gate failed (or got worse, or the doctor found something missing), 2
+anything that stopped the command.
 """
 
 import logging
@@ -18,6 +18,7 @@ COMMANDS = {
     "build": ("mistral_trt.engines.__main__", "build", "ONNX folder → TensorRT engine folder for a GPU"),
     "refit": ("mistral_trt.engines.__main__", "refit", "engine folder → the same for another fine-tune"),
     "validate": ("mistral_trt.validate.__main__", "validate", "artifact and checkpoint → numeric report"),
+    "compare": ("mistral_trt.validate.compare", "compare", "two reports → what changed between them"),
     "generate": ("mistral_trt.runtime.__main__", "generate", "artifact and prompt → text, streamed"),
     "chat": ("mistral_trt.runtime.__main__", "chat", "artifact → a conversation in the terminal"),
     "inspect": ("mistral_trt.inspect", "inspect", "artifact → what is in it"),

@@ -9,9 +9,27 @@ from typing import NoReturn
 
 import numpy as np
 
+from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.backend import Logits, RingArray, Step
+from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.validate.layerwise.steps import Recording
+from mistral_trt.validate.scenarios import Compared, Scenario, play
+
+
+def record(contract: GraphContract, scenario: Scenario, *, tokens: Sequence[int]) -> Recording:
+    """The steps of a scenario."""
+    recording = Recording(contract)
+    for _ in play(RollingCache(recording), scenario, tokens=tokens):
+        pass
+    return recording
+
+
+def replay(
+    recording: Recording, logits: Iterator[Logits], scenario: Scenario, *, tokens: Sequence[int]
+) -> Iterator[Compared]:
+    """What `play` yields of the scenario that was recorded.  logits: of each step [B, N, V], in order."""
+    return play(RollingCache(Replay(recording, logits)), scenario, tokens=tokens)
 
 
 class Replay:

@@ -1,0 +1,83 @@
+"""The float32 reference, the same in the artifact's own precision, and the artifact: what is held against what.
+
+So that rounding, which the second shows as well, is not blamed on the graph.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mistral_trt.progress import track
+from mistral_trt.validate.artifact_run import Played
+from mistral_trt.validate.findings import OwnPrecision
+from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
+from mistral_trt.validate.own_precision import own_precision_layers
+from mistral_trt.validate.quality import READING
+from mistral_trt.validate.reference import Reference, run_layers
+from mistral_trt.validate.reference_decoder import HuggingFaceLayers, LayerSource
+from mistral_trt.validate.scenarios import Scenario
+from mistral_trt.validate.tokens import Tokens
+from mistral_trt.validate.trial import Trial
+
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Own:
+    """The reference in the artifact's own precision.  words: how it computes."""
+
+    reference: Reference
+    words: str
+
+
+@dataclass(frozen=True)
+class References:
+    """What an artifact is held against.  own: None where there is no third leg."""
+
+    reference: Reference
+    own: Own | None
+
+    def of(self, plan: Scenario) -> list[Reference]:
+        """The reference; for the scenario that is read, the one in its own precision too."""
+        if self.own is None or plan.name != READING:
+            return [self.reference]
+        return [self.reference, self.own.reference]
+
+
+def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
+    """hidden: float32 [T, hidden_size], what left the last layer."""
+    return Reference(layers.norm(hidden), layers.head())
+
+
+def in_own_precision(trial: Trial, source: LayerSource) -> Own:
+    """Run the reference's layers with the artifact's rounding.  source: of the float32 layers."""
+    widened = trial.contract.precision == "bf16" and not trial.subject.runs_engine
+    layers = own_precision_layers(
+        source,
+        precision=trial.contract.precision,
+        widened=widened,
+        alter=trial.fake_quantization(),
+    )
+    with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
+        return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)
+
+
+def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:
+    """The artifact against the reference in its own precision, and that one against the reference."""
+    if references.own is None:
+        return None
+    artifact = played[READING].results[1].errors
+    pairs = list(_compare(references.own.reference, references.reference, tokens))
+    return OwnPrecision(references.own.words, artifact, concatenate(pairs))
+
+
+def _compare(found: Reference, expected: Reference, tokens: Tokens) -> Iterator[LogitErrors]:
+    for start in range(0, len(tokens.ids), _AT_ONCE):
+        positions = np.arange(start, min(start + _AT_ONCE, len(tokens.ids)))
+        yield logit_errors(
+            expected.at(positions),
+            found.at(positions),
+            positions=positions,
+            targets=tokens.targets[positions],
+        )

@@ -1,0 +1,121 @@
+"""Both sides whole in memory, one after the other → findings.
+
+The artifact is opened twice, for its continuation and for the rest, with the reference loaded between: the
+two are never in memory together. The layers are followed beside the reference, one of the artifact's at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+from mistral_trt.errors import MistralTrtError
+from mistral_trt.manifest import GRAPH_NAME
+from mistral_trt.progress import note, track
+from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.engine import open_cache
+from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from mistral_trt.validate.artifact_run import in_words, run_greedy, run_pokes, run_scenario
+from mistral_trt.validate.findings import LayerFindings
+from mistral_trt.validate.greedy import GreedyAgreement, greedy_agreement, split
+from mistral_trt.validate.layerwise.follow import follow
+from mistral_trt.validate.layerwise.ranges import RangeLog
+from mistral_trt.validate.layerwise.replay import record
+from mistral_trt.validate.layerwise.runner import SegmentedArtifact
+from mistral_trt.validate.reference import load_model, run_reference
+from mistral_trt.validate.reference_decoder import HuggingFaceLayers, WholeModel, whole_layers
+from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
+from mistral_trt.validate.trial import Findings, Trial
+from mistral_trt.validate.twin import float32_twin
+from mistral_trt.validate.worst_cases import worst_cases
+
+Opener = Callable[[], RollingCache]
+
+
+def compare_whole(trial: Trial) -> Findings:
+    """Greedy continuation, reference, layers, scenarios and poke probe, in this order."""
+    tokens = trial.tokens
+    with openable(trial) as open_artifact:
+        generated, stopped = run_greedy(open_artifact(), tokens)
+        references, greedy, layers, broken = run_references(trial, generated)
+        cache = open_artifact()
+        played = {
+            plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
+            for plan in trial.plans
+        }
+        pokes, failure = run_pokes(cache, tokens)
+    failures = {"greedy": stopped, "layers": broken, "poke": failure}
+    return Findings(
+        scenarios=tuple(found.results[0] for found in played.values()),
+        greedy=greedy,
+        pokes=tuple(pokes),
+        layers=layers,
+        own_precision=third_leg(references, played, tokens=tokens),
+        worst_cases=worst_cases({name: found.worst for name, found in played.items()}, trial),
+        failures={place: why for place, why in failures.items() if why is not None},
+        notes=(),
+    )
+
+
+@contextmanager
+def openable(trial: Trial) -> Iterator[Opener]:
+    """What opens what is run: the engine on its GPU, the graph, or the graph's float32 twin where a CPU
+    cannot run bfloat16; anew each time."""
+    job, folder = trial.job, trial.subject.executed
+    if trial.subject.runs_engine:
+        yield partial(open_cache, folder, trust_weights=True)
+    elif trial.contract.cache_dtype != "bfloat16":
+        yield partial(open_cache, folder, threads=job.threads, trust_weights=True, exact=True)
+    else:
+        note("bf16: making the float32 twin")
+        with float32_twin(folder / GRAPH_NAME, trial.contract) as (path, contract):
+            yield lambda: RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
+
+
+def run_references(
+    trial: Trial, generated: list[int]
+) -> tuple[References, GreedyAgreement, LayerFindings | None, str | None]:
+    """The reference over the tokens, layer by layer beside the artifact's, and in the artifact's precision;
+    what it says to the continuation.  The model is gone afterwards.  Last: why the layers failed, if so."""
+    tokens = trial.tokens
+    note(f"reference: {len(tokens.ids)} positions through MistralForCausalLM, float32, eager attention")
+    model = load_model(trial.source, sliding_window=trial.sliding_window)
+    prompt, _ = split(len(tokens.ids))
+    continued = run_reference(model, [*tokens.ids[:prompt], *generated])
+    greedy = greedy_agreement(continued, generated, prompt_tokens=prompt)
+    layers = whole_layers(model)
+    found, failure = follow_layers(trial, layers)
+    reference = run_reference(model, tokens.ids) if found is None else reference_of(layers, found[1])
+    own = in_own_precision(trial, WholeModel(model)) if trial.compares_own_precision else None
+    return References(reference, own), greedy, None if found is None else found[0], failure
+
+
+def follow_layers(
+    trial: Trial, layers: HuggingFaceLayers
+) -> tuple[tuple[LayerFindings, np.ndarray] | None, str | None]:
+    """The artifact's layers beside the reference's, and what left the reference's last one.
+
+    A layer that ONNX Runtime fails to run is a finding, not the end.
+    """
+    reading, tokens, ranges = trial.reading, trial.tokens, RangeLog()
+    recording = record(trial.contract, reading, tokens=tokens.ids)
+    with (
+        SegmentedArtifact(trial.folder, trial.contract, threads=trial.job.threads) as artifact,
+        track("layers", artifact.num_hidden_layers, unit="layers") as advance,
+    ):
+        try:
+            found = follow(
+                artifact,
+                layers,
+                tokens=tokens.ids,
+                recordings={reading.name: recording},
+                reading=reading.name,
+                ranges=ranges,
+                progress=advance,
+            )
+        except (MemoryError, MistralTrtError):
+            raise
+        except Exception as error:  # ONNX Runtime raises a class of its own for each status
+            return None, in_words(error)
+    return (found.findings, found.reference), None
