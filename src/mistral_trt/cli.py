@@ -18,6 +18,11 @@ COMMANDS = {
     "build": ("mistral_trt.engines.__main__", "build", "ONNX folder → TensorRT engine folder for a GPU"),
     "refit": ("mistral_trt.engines.__main__", "refit", "engine folder → the same for another fine-tune"),
     "validate": ("mistral_trt.validate.__main__", "validate", "artifact and checkpoint → numeric report"),
+    "eval": (
+        "mistral_trt.validate.tasks.__main__",
+        "evaluate",
+        "artifact and checkpoint → do they answer alike",
+    ),
     "generate": ("mistral_trt.runtime.__main__", "generate", "artifact and prompt → text, streamed"),
     "chat": ("mistral_trt.runtime.__main__", "chat", "artifact → a conversation in the terminal"),
     "inspect": ("mistral_trt.inspect", "inspect", "artifact → what is in it"),

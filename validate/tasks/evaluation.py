@@ -1,0 +1,151 @@
+"""Artifact + checkpoint + task files → `eval.json`: the one public function, in the order of the work.
+
+The artifact answers everything first and is closed, then the reference is loaded and answers the same: the
+two are never in memory together.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mistral_trt.artifact import new_artifact, require_apart
+from mistral_trt.errors import ValidationError
+from mistral_trt.export.checkpoint import Checkpoint
+from mistral_trt.export.lora import Adapter
+from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
+from mistral_trt.progress import note, track
+from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.engine import open_cache
+from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from mistral_trt.runtime.text.tokenizer import Tokenizer
+from mistral_trt.validate.provenance import describe_run
+from mistral_trt.validate.reference import load_model, require_memory, require_same_checkpoint
+from mistral_trt.validate.tasks.agreement import Outcome
+from mistral_trt.validate.tasks.answers import Answer, Question, ask, questions
+from mistral_trt.validate.tasks.record import EVAL_NAME, Evaluation, Skipped, TaskSource, write_evaluation
+from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Side
+from mistral_trt.validate.tasks.task_file import read_tasks, shipped_tasks
+from mistral_trt.validate.twin import float32_twin
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is put to both sides.  end_tokens: those that end a text."""
+
+    tokenizer: Tokenizer
+    end_tokens: frozenset[int]
+    questions: tuple[Question, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def evaluate_artifact(
+    folder: Path,
+    *,
+    reference: Path,
+    out: Path,
+    tasks: Sequence[Path] = (),
+    limit: int | None = None,
+    length: int | None = None,
+    threads: int | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    command: str = "",
+) -> Evaluation:
+    """Ask the artifact and its checkpoint the same, and write eval.json to `out`.
+
+    tasks: task files, none for those that come along.  limit: items of each task.  length: tokens; longer
+    items are left out and named.  threads: of ONNX Runtime.  loras: the adapters the artifact was made with.
+    command: the command line, for the record.
+    Raises ValidationError and others where it could not run; that the sides differ is no error.
+    """
+    for name, value in (("limit", limit), ("length", length), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValidationError(f"--{name} must be at least 1, found {value}")
+    require_apart(out, folder)
+    require_apart(out, reference)
+    started, clock = datetime.now(UTC), time.monotonic()
+    manifest = read_manifest(folder)
+    source = Checkpoint.open(reference, [Adapter.open(adapter, scale) for adapter, scale in loras])
+    require_same_checkpoint(manifest, source)
+    paths = list(tasks) or shipped_tasks()
+    asked = prepare(folder, manifest, paths, limit=limit, length=length)
+    require_memory(source, max(question.length for question in asked.questions))
+    with new_artifact(out, EVAL_NAME) as partial:
+        outcomes = answer(folder, manifest, source=source, asked=asked, threads=threads)
+        evaluation = Evaluation(
+            folder=folder,
+            manifest=manifest,
+            source=source,
+            tasks=tuple(map(TaskSource.of, paths)),
+            outcomes=tuple(outcomes),
+            skipped=asked.skipped,
+            run=describe_run(command, 0, started=started, seconds=time.monotonic() - clock),
+        )
+        write_evaluation(evaluation, partial)
+    return evaluation
+
+
+def prepare(
+    folder: Path, manifest: Manifest, paths: Sequence[Path], *, limit: int | None, length: int | None
+) -> Asked:
+    """Read and tokenize the tasks. Raises ValidationError, also if nothing is left to ask."""
+    tokenizer = Tokenizer.from_folder(folder)
+    empty = len(tokenizer.encode(""))
+    tasks = read_tasks(
+        paths, ring=manifest.contract.ring, count_tokens=lambda text: len(tokenizer.encode(text)) - empty
+    )
+    kept, skipped = [], []
+    for task in tasks:
+        for question in questions(task, tokenizer.encode, limit=limit):
+            if why := _out_of_reach(question, manifest, length):
+                skipped.append(Skipped(question.task, question.number, question.length, why))
+            else:
+                kept.append(question)
+    if not kept:
+        raise ValidationError(f"no item is left to ask; the first was left out because {skipped[0].why}")
+    end_tokens = frozenset(manifest.details.get("generation", {}).get("eos_token_ids", ()))
+    return Asked(tokenizer, end_tokens, tuple(kept), tuple(skipped))
+
+
+def _out_of_reach(question: Question, manifest: Manifest, length: int | None) -> str | None:
+    if length is not None and question.length > length:
+        return f"it takes {question.length} tokens, more than --length {length}"
+    return manifest.contract.check_position(question.length - 1)
+
+
+def answer(
+    folder: Path, manifest: Manifest, *, source: Checkpoint, asked: Asked, threads: int | None
+) -> Iterator[Outcome]:
+    """Let the artifact answer everything, then the reference; pair the answers."""
+    with opened(folder, manifest, threads=threads) as cache:
+        found = answers(ArtifactSide(cache), asked, title="artifact")
+        cache.close()
+    del cache
+    note("reference: MistralForCausalLM, float32, eager attention")
+    model = load_model(source, sliding_window=manifest.contract.ring.sliding_window)
+    expected = answers(ReferenceSide(model), asked, title="reference")
+    for question, first, second in zip(asked.questions, expected, found, strict=True):
+        yield Outcome(question, reference=first, artifact=second)
+
+
+def answers(side: Side, asked: Asked, *, title: str) -> list[Answer]:
+    """What a side answers to each question."""
+    found = []
+    with track(title, len(asked.questions), unit="items") as advance:
+        for question in asked.questions:
+            found.append(ask(side, question, decode=asked.tokenizer.decode, end_tokens=asked.end_tokens))
+            advance(1)
+    return found
+
+
+@contextmanager
+def opened(folder: Path, manifest: Manifest, *, threads: int | None) -> Iterator[RollingCache]:
+    """The artifact, or its float32 twin where a CPU cannot run its bfloat16 graph."""
+    if manifest.stage == "engine" or manifest.contract.cache_dtype != "bfloat16":
+        yield open_cache(folder, threads=threads, trust_weights=True, exact=True)
+        return
+    note("bf16: making the float32 twin")
+    with float32_twin(folder / GRAPH_NAME, manifest.contract) as (path, contract):
+        yield RollingCache(OnnxRuntimeBackend(path, contract, threads=threads))
