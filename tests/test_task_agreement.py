@@ -126,12 +126,13 @@ def test_figures_of_several_items() -> None:
     assert found.same == Share(2, 5)
     assert (found.reference, found.artifact) == (Share(4, 5), Share(1, 5))
     assert (found.only_reference, found.only_artifact, found.p_value) == (3, 0, 0.25)
-    assert found.loglikelihood_difference == (pytest.approx(1 / 3), 1)
-    assert found.rank_correlation == (pytest.approx(2.5 / 3), 0.5)
+    assert found.loglikelihood_difference == pytest.approx((1 / 3, 1))
+    assert found.rank_correlation == pytest.approx((2.5 / 3, 0.5))
     assert (found.completions, found.failures) == (Share(0, 1), 1)
 
 
 def test_figures_without_choices_are_none() -> None:
     found = agreement([outcome(COMPLETION, wrote(1), wrote(1))])
     assert found.same == share([True])
-    assert found.same_per_byte is found.loglikelihood_difference is found.rank_correlation is None
+    assert found.same_per_byte is None and found.reference_per_byte is None
+    assert found.loglikelihood_difference is None and found.rank_correlation is None

@@ -9,7 +9,12 @@ from mistral_trt.contract import Ring
 from mistral_trt.errors import ValidationError
 from mistral_trt.validate.tasks.items import Completion, MultipleChoice, Task
 from mistral_trt.validate.tasks.long_recall import Recall, recall_items
-from mistral_trt.validate.tasks.task_file import read_task, read_tasks, shipped_tasks
+from mistral_trt.validate.tasks.task_file import (
+    read_task,
+    read_tasks,
+    require_names_apart,
+    shipped_tasks,
+)
 
 RING = Ring(sliding_window=64, prefill_chunk=16)
 CHOICE = {"context": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
@@ -98,8 +103,8 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir()
         path.write_text(json.dumps(CHOICE))
-    with pytest.raises(ValidationError, match="two task files are called 'sums'"):
-        read_tasks(paths, ring=RING, count_tokens=words)
+    with pytest.raises(ValidationError, match="two tasks are called 'sums'; rename"):
+        require_names_apart(read_tasks(paths, ring=RING, count_tokens=words))
 
 
 def test_what_comes_along_can_be_read() -> None:

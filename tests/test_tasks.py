@@ -219,7 +219,7 @@ def test_an_exact_artifact_agrees(
 def test_a_side_agrees_with_itself_without_any_difference(
     reader: tuple[Path, Path], task_file: Path, model: MistralForCausalLM
 ) -> None:
-    asked = evaluation.prepare(reader[1], read_manifest(reader[1]), [task_file], limit=None, length=None)
+    asked = evaluation.prepare(reader[1], read_manifest(reader[1]), [task_file])
     first, second = (evaluation.answers(ReferenceSide(model), asked, title="") for _ in range(2))
     assert first == second
     found = agreement([Outcome(*one) for one in zip(asked.questions, first, second, strict=True)])

@@ -24,6 +24,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="task files (default: our own)"
     )
+    parser.add_argument(
+        "--lm-eval", type=names, default=[], metavar="TASK[,TASK]", help="multiple-choice tasks of lm-eval"
+    )
+    parser.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="more task definitions for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
     parser.add_argument("--length", type=int, metavar="N", help="leave out items of more than N tokens")
     parser.add_argument("--min-agreement", type=share, metavar="X", help="share of all items, as 0.98")
@@ -38,6 +42,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and the result")
     return parser.parse_args(argv)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def share(text: str) -> float:
@@ -57,6 +65,8 @@ def evaluate(argv: list[str]) -> int:
         reference=args.reference,
         out=args.out,
         tasks=args.tasks,
+        lm_eval=args.lm_eval,
+        lm_eval_path=args.lm_eval_path,
         limit=args.limit,
         length=args.length,
         threads=args.threads,

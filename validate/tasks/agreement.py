@@ -164,7 +164,7 @@ def share(holds: Sequence[bool]) -> Share:
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p-value. 0, 5 -> 0.0625; 3, 3 -> 1."""
     n, k = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / (1 << n))
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:

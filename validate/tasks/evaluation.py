@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mistral_trt.artifact import new_artifact, require_apart
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ValidationError, require
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
 from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
@@ -25,9 +26,10 @@ from mistral_trt.validate.provenance import describe_run
 from mistral_trt.validate.reference import load_model, require_memory, require_same_checkpoint
 from mistral_trt.validate.tasks.agreement import Outcome
 from mistral_trt.validate.tasks.answers import Answer, Question, ask, questions
-from mistral_trt.validate.tasks.record import EVAL_NAME, Evaluation, Skipped, TaskSource, write_evaluation
+from mistral_trt.validate.tasks.items import Task
+from mistral_trt.validate.tasks.record import EVAL_NAME, Evaluation, Skipped, write_evaluation
 from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Side
-from mistral_trt.validate.tasks.task_file import read_tasks, shipped_tasks
+from mistral_trt.validate.tasks.task_file import read_tasks, require_names_apart, shipped_tasks
 from mistral_trt.validate.twin import float32_twin
 
 
@@ -36,6 +38,7 @@ class Asked:
     """What is put to both sides.  end_tokens: those that end a text."""
 
     tokenizer: Tokenizer
+    tasks: tuple[Task, ...]
     end_tokens: frozenset[int]
     questions: tuple[Question, ...]
     skipped: tuple[Skipped, ...]
@@ -47,6 +50,8 @@ def evaluate_artifact(
     reference: Path,
     out: Path,
     tasks: Sequence[Path] = (),
+    lm_eval: Sequence[str] = (),
+    lm_eval_path: Path | None = None,
     limit: int | None = None,
     length: int | None = None,
     threads: int | None = None,
@@ -55,8 +60,10 @@ def evaluate_artifact(
 ) -> Evaluation:
     """Ask the artifact and its checkpoint the same, and write eval.json to `out`.
 
-    tasks: task files, none for those that come along.  limit: items of each task.  length: tokens; longer
-    items are left out and named.  threads: of ONNX Runtime.  loras: the adapters the artifact was made with.
+    tasks, lm_eval: task files, and names of lm-eval's multiple-choice tasks; with neither, the files that
+    come along.  lm_eval_path: a folder of task definitions for lm-eval.  limit: items of each task.
+    length: tokens; longer items are left out and named.  threads: of ONNX Runtime.  loras: the adapters the
+    artifact was made with.
     command: the command line, for the record.
     Raises ValidationError and others where it could not run; that the sides differ is no error.
     """
@@ -69,8 +76,9 @@ def evaluate_artifact(
     manifest = read_manifest(folder)
     source = Checkpoint.open(reference, [Adapter.open(adapter, scale) for adapter, scale in loras])
     require_same_checkpoint(manifest, source)
-    paths = list(tasks) or shipped_tasks()
-    asked = prepare(folder, manifest, paths, limit=limit, length=length)
+    paths = list(tasks) or ([] if lm_eval else shipped_tasks())
+    others = lm_eval_tasks(lm_eval, folder=lm_eval_path, limit=limit) if lm_eval else []
+    asked = prepare(folder, manifest, paths, others=others, limit=limit, length=length)
     require_memory(source, max(question.length for question in asked.questions))
     with new_artifact(out, EVAL_NAME) as partial:
         outcomes = answer(folder, manifest, source=source, asked=asked, threads=threads)
@@ -78,7 +86,7 @@ def evaluate_artifact(
             folder=folder,
             manifest=manifest,
             source=source,
-            tasks=tuple(map(TaskSource.of, paths)),
+            tasks=asked.tasks,
             outcomes=tuple(outcomes),
             skipped=asked.skipped,
             run=describe_run(command, 0, started=started, seconds=time.monotonic() - clock),
@@ -88,25 +96,39 @@ def evaluate_artifact(
 
 
 def prepare(
-    folder: Path, manifest: Manifest, paths: Sequence[Path], *, limit: int | None, length: int | None
+    folder: Path,
+    manifest: Manifest,
+    paths: Sequence[Path],
+    *,
+    others: Sequence[Task] = (),
+    limit: int | None = None,
+    length: int | None = None,
 ) -> Asked:
-    """Read and tokenize the tasks. Raises ValidationError, also if nothing is left to ask."""
+    """Read task files, add other tasks, and tokenize.
+
+    Raises ValidationError, also if nothing is left to ask.
+    """
     tokenizer = Tokenizer.from_folder(folder)
-    empty = len(tokenizer.encode(""))
-    tasks = read_tasks(
-        paths, ring=manifest.contract.ring, count_tokens=lambda text: len(tokenizer.encode(text)) - empty
-    )
+    empty, ring = len(tokenizer.encode("")), manifest.contract.ring
+    read = read_tasks(paths, ring=ring, count_tokens=lambda text: len(tokenizer.encode(text)) - empty)
+    tasks = require_names_apart([*read, *others])
     kept, skipped = [], []
-    for task in tasks:
-        for question in questions(task, tokenizer.encode, limit=limit):
-            if why := _out_of_reach(question, manifest, length):
-                skipped.append(Skipped(question.task, question.number, question.length, why))
-            else:
-                kept.append(question)
+    for question in (one for task in tasks for one in questions(task, tokenizer.encode, limit=limit)):
+        if why := _out_of_reach(question, manifest, length):
+            skipped.append(Skipped(question.task, question.number, question.length, why))
+        else:
+            kept.append(question)
     if not kept:
         raise ValidationError(f"no item is left to ask; the first was left out because {skipped[0].why}")
     end_tokens = frozenset(manifest.details.get("generation", {}).get("eos_token_ids", ()))
-    return Asked(tokenizer, end_tokens, tuple(kept), tuple(skipped))
+    return Asked(tokenizer, tuple(tasks), end_tokens, tuple(kept), tuple(skipped))
+
+
+def lm_eval_tasks(names: Sequence[str], *, folder: Path | None, limit: int | None) -> list[Task]:
+    """As `lm_eval_tasks.lm_eval_tasks`. Raises MissingDependencyError where lm-eval is not installed."""
+    module: Any = require("mistral_trt.validate.tasks.lm_eval_tasks", "lm-eval")
+    tasks: list[Task] = module.lm_eval_tasks(names, folder=folder, limit=limit)
+    return tasks
 
 
 def _out_of_reach(question: Question, manifest: Manifest, length: int | None) -> str | None:

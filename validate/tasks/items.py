@@ -40,10 +40,11 @@ Item = MultipleChoice | Completion
 
 @dataclass(frozen=True)
 class Task:
-    """Items under one name."""
+    """Items under one name.  sha256: of the file they came from, None for those of lm-eval."""
 
     name: str
     items: tuple[Item, ...]
+    sha256: str | None = None
 
 
 def _is_text(value: object) -> bool:

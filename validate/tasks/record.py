@@ -1,6 +1,5 @@
 """An evaluation → `eval.json` for machines and a short table for people. docs/eval.md describes both."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,23 +12,12 @@ from mistral_trt.manifest import Manifest
 from mistral_trt.validate.provenance import describe_artifact, describe_execution, describe_reference
 from mistral_trt.validate.tasks.agreement import Agreement, Outcome, Share, agreement, is_right
 from mistral_trt.validate.tasks.answers import Answer, ChoiceAnswer, NoAnswer
+from mistral_trt.validate.tasks.items import Task
 
 FORMAT_VERSION = 1
 EVAL_NAME = "eval.json"
 
 _COLUMNS = ("task", "items", "agree", "95 %", "checkpoint", "artifact", "only c./a.", "largest difference")
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """Where a task came from."""
-
-    name: str
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> "TaskSource":
-        return cls(path.stem, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class Evaluation:
     folder: Path
     manifest: Manifest
     source: Checkpoint
-    tasks: tuple[TaskSource, ...]
+    tasks: tuple[Task, ...]
     outcomes: tuple[Outcome, ...]
     skipped: tuple[Skipped, ...]
     run: Mapping[str, Any]
@@ -67,7 +55,7 @@ class Evaluation:
         return {name: agreement(part) for name, part in parts.items() if part}
 
     def to_json(self) -> dict[str, Any]:
-        contract = self.manifest.contract
+        contract, by_task = self.manifest.contract, self.by_task
         return {
             "format_version": FORMAT_VERSION,
             "files": [],
@@ -83,9 +71,9 @@ class Evaluation:
             ),
             "overall": agreement_json(self.overall),
             "tasks": [
-                {**asdict(task), **agreement_json(self.by_task[task.name])}
+                {"name": task.name, "sha256": task.sha256, **agreement_json(by_task[task.name])}
                 for task in self.tasks
-                if task.name in self.by_task
+                if task.name in by_task
             ],
             "items": [outcome_json(outcome) for outcome in self.outcomes],
             "skipped": [asdict(item) for item in self.skipped],

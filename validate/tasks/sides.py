@@ -147,7 +147,8 @@ def score(pieces: Iterable[np.ndarray], tokens: Sequence[int]) -> Score:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float32 [n, V] -> float64 [n, V]."""
     shifted: np.ndarray = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    logs: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs
 
 
 def choose_greedily(

@@ -4,6 +4,7 @@ A `.jsonl` file holds one item a line and is named after itself. A `.toml` file 
 recall (`long_recall.py`), whose length depends on the artifact's window. docs/eval.md describes both.
 """
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,26 +32,30 @@ def read_task(path: Path, *, ring: Ring, count_tokens: Callable[[str], int]) -> 
     Raises ValidationError naming the line and what was expected there.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text, sha256 = data.decode(), hashlib.sha256(data).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"{path} cannot be read as a UTF-8 task file: {error}") from error
     if path.suffix == ".jsonl":
-        return Task(path.stem, tuple(_items(text.splitlines(), path)))
+        return Task(path.stem, tuple(_items(text.splitlines(), path)), sha256)
     if path.suffix == ".toml":
         recall = _recall(text, path)
         items = recall_items(recall, window=ring.sliding_window, count_tokens=count_tokens)
-        return Task(path.stem, tuple(items))
+        return Task(path.stem, tuple(items), sha256)
     raise ValidationError(f"{path}: a task file ends in .jsonl (items) or .toml (long recall)")
 
 
 def read_tasks(paths: Sequence[Path], *, ring: Ring, count_tokens: Callable[[str], int]) -> list[Task]:
-    """Read task files. Raises ValidationError, also where two have one name."""
-    tasks = [read_task(path, ring=ring, count_tokens=count_tokens) for path in paths]
+    return [read_task(path, ring=ring, count_tokens=count_tokens) for path in paths]
+
+
+def require_names_apart(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks. Raises ValidationError where two have one name: their figures could not be told apart."""
     names = [task.name for task in tasks]
-    for path, name in zip(paths, names, strict=True):
+    for name in names:
         if names.count(name) > 1:
-            raise ValidationError(f"two task files are called {name!r}, one of them {path}; rename it")
-    return tasks
+            raise ValidationError(f"two tasks are called {name!r}; rename one of the files")
+    return list(tasks)
 
 
 def _items(lines: Sequence[str], path: Path) -> list[Item]:
