@@ -17,6 +17,7 @@ import pytest
 from mistral_trt.cli import main
 from mistral_trt.errors import GenerationError, MissingDependencyError, ValidationError
 from mistral_trt.export.onnx_folder import export_checkpoint
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.tasks import evaluation
 from mistral_trt.validate.tasks.items import MultipleChoice
 from tests.models import write_checkpoint, write_tokenizer
@@ -201,6 +202,19 @@ def test_chat_messages_are_put_into_the_models_format(models: list[Any]) -> None
     assert models[0].tokenizer_name == models[1].tokenizer_name
     with pytest.raises(GenerationError, match="cannot be continued"):
         models[0].apply_chat_template(chat, add_generation_prompt=False)
+
+
+def test_a_model_that_begins_no_text_by_itself_is_given_what_its_manifest_names(
+    lm_eval: dict[str, type], reader: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does: the beginning of a text (1 in this manifest), not its end."""
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **more: encode(self, text, **more)[1:])
+    import_module(ADAPTER)
+    model: Any = lm_eval["mistral-trt"]
+    made = model(folder=str(reader[1]))
+    made._ends = (2,)
+    assert (made.prefix_token_id, made.eot_token_id) == (1, 2)
 
 
 # ---------------------------------------------------------------- its tasks

@@ -20,6 +20,7 @@ from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
+from mistral_trt.runtime.loading import require_used
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.provenance import describe_run
@@ -67,9 +68,8 @@ def evaluate_artifact(
     command: the command line, for the record.
     Raises ValidationError and others where it could not run; that the sides differ is no error.
     """
-    for name, value in (("limit", limit), ("length", length), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValidationError(f"--{name} must be at least 1, found {value}")
+    _require_counts(limit=limit, length=length, threads=threads)
+    require_used(folder, threads=threads, provider="auto")
     require_apart(out, folder)
     require_apart(out, reference)
     started, clock = datetime.now(UTC), time.monotonic()
@@ -93,6 +93,12 @@ def evaluate_artifact(
         )
         write_evaluation(evaluation, partial)
     return evaluation
+
+
+def _require_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValidationError(f"--{name} must be at least 1, found {value}")
 
 
 def prepare(

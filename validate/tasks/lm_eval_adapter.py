@@ -52,7 +52,9 @@ class MistralTrtLM(TemplateLM):  # type: ignore[misc]
         self._manifest = read_manifest(path)
         self._text = Tokenizer.from_folder(path)
         self._prefix = self._text.encode("")
-        self._ends = tuple(self._manifest.details.get("generation", {}).get("eos_token_ids", ()))
+        generation = self._manifest.details.get("generation", {})
+        self._begin: int | None = self._prefix[0] if self._prefix else generation.get("bos_token_id")
+        self._ends: tuple[int, ...] = tuple(generation.get("eos_token_ids", ()))
         self._name = manifest_sha256(path)
         self._side = self._open(path, reference, threads)
 
@@ -70,12 +72,12 @@ class MistralTrtLM(TemplateLM):  # type: ignore[misc]
     def eot_token_id(self) -> int:
         if not self._ends:
             raise ValidationError("this artifact's manifest names no token that ends a text; export it again")
-        return int(self._ends[0])
+        return self._ends[0]
 
     @property
     def prefix_token_id(self) -> int:
         """The token that begins a text, or the one that ends one where the model has no other."""
-        return self._prefix[0] if self._prefix else self.eot_token_id
+        return self.eot_token_id if self._begin is None else self._begin
 
     @property
     def tokenizer_name(self) -> str:
