@@ -32,7 +32,7 @@ from mistral_trt.validate.tasks import evaluation
 from mistral_trt.validate.tasks.__main__ import evaluate
 from mistral_trt.validate.tasks.agreement import Outcome, agreement
 from mistral_trt.validate.tasks.answers import Question, ask, encode_pair, questions
-from mistral_trt.validate.tasks.evaluation import evaluate_artifact
+from mistral_trt.validate.tasks.evaluation import Job, evaluate_artifact
 from mistral_trt.validate.tasks.items import MultipleChoice, Task
 from mistral_trt.validate.tasks.record import EVAL_NAME
 from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Score, Side, log_softmax
@@ -219,7 +219,8 @@ def test_an_exact_artifact_agrees(
 def test_a_side_agrees_with_itself_without_any_difference(
     reader: tuple[Path, Path], task_file: Path, model: MistralForCausalLM
 ) -> None:
-    asked = evaluation.prepare(reader[1], read_manifest(reader[1]), [task_file])
+    job = Job(reader[1], reader[0], Path("unused"), tasks=[task_file])
+    asked = evaluation.prepare(job, read_manifest(reader[1]))
     first, second = (evaluation.answers(ReferenceSide(model), asked, title="") for _ in range(2))
     assert first == second
     found = agreement([Outcome(*one) for one in zip(asked.questions, first, second, strict=True)])
@@ -358,13 +359,13 @@ def test_what_cannot_run_is_an_error(
 ) -> None:
     checkpoint, folder = reader
     with pytest.raises(ValidationError, match="--limit must be at least 1, found 0"):
-        evaluate_artifact(folder, reference=checkpoint, out=tmp_path / "out", limit=0)
+        Job(folder, checkpoint, tmp_path / "out", limit=0)
     with pytest.raises(ArtifactError, match="choose another --out"):
-        evaluate_artifact(folder, reference=checkpoint, out=folder)
+        evaluate_artifact(Job(folder, checkpoint, folder))
     with pytest.raises(ValidationError, match="is not the checkpoint this artifact was made from"):
-        evaluate_artifact(folder, reference=tiny_checkpoint(), out=tmp_path / "out")
+        evaluate_artifact(Job(folder, tiny_checkpoint(), tmp_path / "out"))
     with pytest.raises(ManifestError, match=r"has no tokenizer\.json"):
-        evaluate_artifact(onnx_folder(), reference=tiny_checkpoint(), out=tmp_path / "out", tasks=[task_file])
+        evaluate_artifact(Job(onnx_folder(), tiny_checkpoint(), tmp_path / "out", tasks=[task_file]))
     assert not (tmp_path / "out").exists()
 
 

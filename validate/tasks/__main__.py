@@ -8,7 +8,7 @@ from pathlib import Path
 from mistral_trt.cli import run
 from mistral_trt.export.lora import parse_lora
 from mistral_trt.progress import note, quiet
-from mistral_trt.validate.tasks.evaluation import evaluate_artifact
+from mistral_trt.validate.tasks.evaluation import Job, evaluate_artifact
 from mistral_trt.validate.tasks.record import EVAL_NAME, Evaluation, failures, table
 
 
@@ -60,10 +60,10 @@ def evaluate(argv: list[str]) -> int:
     args = parse(argv)
     if args.quiet:
         quiet()
-    evaluation = evaluate_artifact(
+    job = Job(
         args.folder,
-        reference=args.reference,
-        out=args.out,
+        args.reference,
+        args.out,
         tasks=args.tasks,
         lm_eval=args.lm_eval,
         lm_eval_path=args.lm_eval_path,
@@ -73,6 +73,7 @@ def evaluate(argv: list[str]) -> int:
         loras=args.lora,
         command=shlex.join(["mistral-trt", "eval", *argv]),
     )
+    evaluation = evaluate_artifact(job)
     show(evaluation)
     print(args.out / EVAL_NAME)
     agreed = args.min_agreement is None or evaluation.overall.same.value >= args.min_agreement

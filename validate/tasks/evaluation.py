@@ -35,6 +35,35 @@ from mistral_trt.validate.twin import float32_twin
 
 
 @dataclass(frozen=True)
+class Job:
+    """What was asked for.
+
+    tasks, lm_eval: task files, and names of lm-eval's multiple-choice tasks; with neither, the files that
+    come along.  lm_eval_path: a folder of task definitions for lm-eval.  limit: items of each task.
+    length: tokens; longer items are left out and named.  threads: of ONNX Runtime.  loras: the adapters the
+    artifact was made with, and their scales.  command: the command line, for the record.
+    """
+
+    folder: Path
+    reference: Path
+    out: Path
+    tasks: Sequence[Path] = ()
+    lm_eval: Sequence[str] = ()
+    lm_eval_path: Path | None = None
+    limit: int | None = None
+    length: int | None = None
+    threads: int | None = None
+    loras: Sequence[tuple[Path, float]] = ()
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "length", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValidationError(f"--{name} must be at least 1, found {value}")
+
+
+@dataclass(frozen=True)
 class Asked:
     """What is put to both sides.  end_tokens: those that end a text."""
 
@@ -45,82 +74,46 @@ class Asked:
     skipped: tuple[Skipped, ...]
 
 
-def evaluate_artifact(
-    folder: Path,
-    *,
-    reference: Path,
-    out: Path,
-    tasks: Sequence[Path] = (),
-    lm_eval: Sequence[str] = (),
-    lm_eval_path: Path | None = None,
-    limit: int | None = None,
-    length: int | None = None,
-    threads: int | None = None,
-    loras: Sequence[tuple[Path, float]] = (),
-    command: str = "",
-) -> Evaluation:
-    """Ask the artifact and its checkpoint the same, and write eval.json to `out`.
+def evaluate_artifact(job: Job) -> Evaluation:
+    """Ask the artifact and its checkpoint the same, and write eval.json to `job.out`.
 
-    tasks, lm_eval: task files, and names of lm-eval's multiple-choice tasks; with neither, the files that
-    come along.  lm_eval_path: a folder of task definitions for lm-eval.  limit: items of each task.
-    length: tokens; longer items are left out and named.  threads: of ONNX Runtime.  loras: the adapters the
-    artifact was made with.
-    command: the command line, for the record.
     Raises ValidationError and others where it could not run; that the sides differ is no error.
     """
-    _require_counts(limit=limit, length=length, threads=threads)
-    require_used(folder, threads=threads, provider="auto")
-    require_apart(out, folder)
-    require_apart(out, reference)
+    require_used(job.folder, threads=job.threads, provider="auto")
+    require_apart(job.out, job.folder)
+    require_apart(job.out, job.reference)
     started, clock = datetime.now(UTC), time.monotonic()
-    manifest = read_manifest(folder)
-    source = Checkpoint.open(reference, [Adapter.open(adapter, scale) for adapter, scale in loras])
+    manifest = read_manifest(job.folder)
+    source = Checkpoint.open(job.reference, [Adapter.open(adapter, scale) for adapter, scale in job.loras])
     require_same_checkpoint(manifest, source)
-    paths = list(tasks) or ([] if lm_eval else shipped_tasks())
-    others = lm_eval_tasks(lm_eval, folder=lm_eval_path, limit=limit) if lm_eval else []
-    asked = prepare(folder, manifest, paths, others=others, limit=limit, length=length)
+    asked = prepare(job, manifest)
     require_memory(source, max(question.length for question in asked.questions))
-    with new_artifact(out, EVAL_NAME) as partial:
-        outcomes = answer(folder, manifest, source=source, asked=asked, threads=threads)
+    with new_artifact(job.out, EVAL_NAME) as partial:
+        outcomes = answer(job, manifest, source=source, asked=asked)
         evaluation = Evaluation(
-            folder=folder,
+            folder=job.folder,
             manifest=manifest,
             source=source,
             tasks=asked.tasks,
             outcomes=tuple(outcomes),
             skipped=asked.skipped,
-            run=describe_run(command, 0, started=started, seconds=time.monotonic() - clock),
+            run=describe_run(job.command, 0, started=started, seconds=time.monotonic() - clock),
         )
         write_evaluation(evaluation, partial)
     return evaluation
 
 
-def _require_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValidationError(f"--{name} must be at least 1, found {value}")
-
-
-def prepare(
-    folder: Path,
-    manifest: Manifest,
-    paths: Sequence[Path],
-    *,
-    others: Sequence[Task] = (),
-    limit: int | None = None,
-    length: int | None = None,
-) -> Asked:
-    """Read task files, add other tasks, and tokenize.
-
-    Raises ValidationError, also if nothing is left to ask.
-    """
-    tokenizer = Tokenizer.from_folder(folder)
+def prepare(job: Job, manifest: Manifest) -> Asked:
+    """Read and tokenize the tasks. Raises ValidationError, also if nothing is left to ask."""
+    tokenizer = Tokenizer.from_folder(job.folder)
+    paths = job.tasks or ([] if job.lm_eval else shipped_tasks())
+    others = lm_eval_tasks(job.lm_eval, folder=job.lm_eval_path, limit=job.limit) if job.lm_eval else []
     empty, ring = len(tokenizer.encode("")), manifest.contract.ring
     read = read_tasks(paths, ring=ring, count_tokens=lambda text: len(tokenizer.encode(text)) - empty)
     tasks = require_names_apart([*read, *others])
     kept, skipped = [], []
-    for question in (one for task in tasks for one in questions(task, tokenizer.encode, limit=limit)):
-        if why := _out_of_reach(question, manifest, length):
+    for question in (one for task in tasks for one in questions(task, tokenizer.encode, limit=job.limit)):
+        if why := _out_of_reach(question, manifest, job.length):
             skipped.append(Skipped(question.task, question.number, question.length, why))
         else:
             kept.append(question)
@@ -143,11 +136,9 @@ def _out_of_reach(question: Question, manifest: Manifest, length: int | None) ->
     return manifest.contract.check_position(question.length - 1)
 
 
-def answer(
-    folder: Path, manifest: Manifest, *, source: Checkpoint, asked: Asked, threads: int | None
-) -> Iterator[Outcome]:
+def answer(job: Job, manifest: Manifest, *, source: Checkpoint, asked: Asked) -> Iterator[Outcome]:
     """Let the artifact answer everything, then the reference; pair the answers."""
-    with opened(folder, manifest, threads=threads) as cache:
+    with opened(job.folder, manifest, threads=job.threads) as cache:
         found = answers(ArtifactSide(cache), asked, title="artifact")
         cache.close()
     del cache
