@@ -4,6 +4,7 @@ The stand-in has the signatures of lm-eval 0.4.13 and none of its code: these te
 with a request, not that lm-eval calls it so.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -280,6 +281,19 @@ def test_items_of_lm_eval_are_asked_as_it_puts_them() -> None:
     assert [task.name for task in tasks] == ["capitals", "by-name"]
     assert [task.items for task in tasks] == [(MultipleChoice("Italy:", (" Paris", " Rome"), 1),) * 2] * 2
     assert tasks[0].sha256 is None
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_the_command_compares_both_sides_on_them(reader: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, folder = reader
+    words = [folder, "--reference", checkpoint, "--out", tmp_path / "out", "--lm-eval", "capitals,by-name"]
+    assert main(["eval", *map(str, words), "--limit", "2", "--threads", "1", "--min-agreement", "1"]) == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert [(task["name"], task["sha256"]) for task in found["tasks"]] == [
+        ("capitals", None),
+        ("by-name", None),
+    ]
+    assert found["overall"]["same"]["total"] == 4
 
 
 @pytest.mark.usefixtures("lm_eval")
