@@ -216,6 +216,17 @@ def test_an_exact_artifact_agrees(
     assert lines[-1] == str(tmp_path / "out" / EVAL_NAME)
 
 
+@pytest.mark.slow
+def test_a_bf16_artifact_answers_through_its_float32_twin(
+    reader: tuple[Path, Path], task_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bf16"
+    export_checkpoint(reader[0], folder, precision="bf16", prefill_chunk=4, max_batch_size=1)
+    _, found = run((reader[0], folder), tmp_path / "out", "--tasks", task_file)
+    assert "twin" in found["executed"]
+    assert 0 < found["overall"]["loglikelihood_difference"]["max"] < 2
+
+
 def test_a_side_agrees_with_itself_without_any_difference(
     reader: tuple[Path, Path], task_file: Path, model: MistralForCausalLM
 ) -> None:
