@@ -29,7 +29,7 @@ from tests.test_layers import imports, modules, stage_of
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "engines", "runtime", "validate")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SHIPPED = {".py", ".toml", ".json", ".html", ".txt", ".typed"}
+SHIPPED = {".py", ".toml", ".json", ".jsonl", ".html", ".txt", ".typed"}
 
 
 def python(code: str, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,11 @@ COMMANDS = {
     "refit": ("mistral_trt.engines.__main__", "refit", "engine folder → the same for another fine-tune"),
     "validate": ("mistral_trt.validate.__main__", "validate", "artifact and checkpoint → numeric report"),
     "compare": ("mistral_trt.validate.compare", "compare", "two reports → what changed between them"),
+    "eval": (
+        "mistral_trt.validate.tasks.__main__",
+        "evaluate",
+        "artifact and checkpoint → do they answer alike",
+    ),
     "generate": ("mistral_trt.runtime.__main__", "generate", "artifact and prompt → text, streamed"),
     "chat": ("mistral_trt.runtime.__main__", "chat", "artifact → a conversation in the terminal"),
     "inspect": ("mistral_trt.inspect", "inspect", "artifact → what is in it"),
