@@ -1,6 +1,7 @@
-"""The reference in the artifact's precision: Hugging Face's own rounding, and nearer to what the artifact does."""
+"""The reference in the artifact's precision: Hugging Face's rounding, and nearer to what it does."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,10 +99,11 @@ def test_an_artifact_is_nearer_to_its_own_precision(tiny_checkpoint: Folder, art
 def test_planted_faults_make_it_differ(
     tiny_checkpoint: Folder, artifact: np.ndarray, rounding: Rounding
 ) -> None:
-    def epsilon(layer: nn.Module, index: int) -> nn.Module:
+    def epsilon(layer: Any, index: int) -> nn.Module:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.variance_epsilon *= 100  # type: ignore[operator]
-        return layer
+            norm.variance_epsilon *= 100
+        altered: nn.Module = layer
+        return altered
 
     checkpoint = tiny_checkpoint()
     right = distance(artifact, own(WholeModel(model_of(checkpoint)), rounding=rounding))
@@ -127,7 +129,7 @@ def test_with_parameters_rounded_alone_it_is_the_float32_twin(
 
 @pytest.mark.parametrize("rounding", ["all", "attention", "parameters"])
 def test_source_and_blocks_make_no_difference(tiny_checkpoint: Folder, rounding: Rounding) -> None:
-    """A layer read alone is rounded as a layer of the whole model is; blocks change the order of sums only."""
+    """A layer read alone is rounded as one of the whole model is; blocks change the order of sums only."""
     checkpoint = tiny_checkpoint()
     expected = own(WholeModel(model_of(checkpoint)), rounding=rounding)
     streamed = eager_stream(Checkpoint.open(checkpoint), sliding_window=8)
@@ -167,13 +169,14 @@ def test_linears_are_replaced_and_what_replaces_them_is_not_cast(
 
     altered: list[int] = []
 
-    def alter(layer: nn.Module, index: int) -> nn.Module:
+    def alter(layer: Any, index: int) -> nn.Module:
         altered.append(index)
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):
                     setattr(part, name, Coarse(linear))
-        return layer
+        replaced: nn.Module = layer
+        return replaced
 
     source = WholeModel(model_of(tiny_checkpoint()))
     plain, coarse = own(source, rounding=rounding), own(source, "int8", rounding=rounding, alter=alter)

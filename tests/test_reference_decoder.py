@@ -1,4 +1,4 @@
-"""Hugging Face's layers one by one: the whole model's numbers, whatever the blocks and wherever they come from."""
+"""Hugging Face's layers one by one: the whole model's numbers, whatever the blocks and the source."""
 
 import gc
 import weakref
@@ -57,7 +57,8 @@ def attending(checkpoint: Path, window: int, attention: str, *, whole: bool) -> 
 def test_layer_after_layer_is_the_single_forward(tiny_checkpoint: Folder) -> None:
     """Hidden states of every layer, keys, values and logits, bit for bit where there is one block."""
     model = load_model(Checkpoint.open(tiny_checkpoint()), sliding_window=8)
-    layers, cache = whole_layers(model), DynamicCache()
+    layers = whole_layers(model)
+    cache: Any = DynamicCache()
     with torch.inference_mode():
         single = model(
             torch.tensor([TOKENS]), output_hidden_states=True, past_key_values=cache, use_cache=True

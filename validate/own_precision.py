@@ -1,9 +1,9 @@
 """A reference → the same reference with its numbers rounded as the artifact's are.
 
-It shows what rounding alone does, so that rounding is not blamed on the graph. Parameters and activations are
-cast as Hugging Face does for a model loaded in that dtype; norms, softmax and rotary angles are float32 inside.
-Products are summed in float32 and rounded once, as a GPU does: PyTorch's own float16 products on a CPU take
-3 to 30 times longer, and not every CPU has bfloat16 ones.
+It shows what rounding alone does, so that rounding is not blamed on the graph. Parameters and activations
+are cast as Hugging Face does for a model loaded in that dtype; norms, softmax and rotary angles are float32
+inside. Products are summed in float32 and rounded once, as a GPU does: PyTorch's own float16 products take
+3 to 30 times longer on a CPU, and not every CPU has bfloat16 ones.
 
 Not every runtime rounds every activation, hence `Rounding`.
 """
@@ -28,15 +28,15 @@ Rounding = Literal["all", "attention", "parameters"]
 """Which numbers are rounded, parameters always.
 
 all: every activation, as Hugging Face's eager model does.  attention: what goes into the attention, its
-queries, keys, values and what it gives; the rest is float32, as in ONNX Runtime on a CPU, which computes linears,
-norms after the first and the MLP of a float16 graph in float32.  parameters: no activation, as in the float32
-twin of a bf16 artifact.
+queries, keys, values and what it gives; the rest is float32, as in ONNX Runtime on a CPU, which computes
+linears, norms after the first and the MLP of a float16 graph in float32.  parameters: no activation, as in
+the float32 twin of a bf16 artifact.
 """
 
 _WORDS: dict[Rounding, str] = {
     "all": "parameters and activations in {dtype}, norms and softmax float32 inside",
-    "attention": "parameters, queries, keys, values and the attention's input and output in {dtype}, all else in "
-    "float32, as ONNX Runtime computes on a CPU",
+    "attention": "parameters and the attention's input, queries, keys, values and output in {dtype}, all "
+    "else in float32, as ONNX Runtime computes on a CPU",
     "parameters": "parameters rounded to {dtype} and activations in float32",
 }
 _PRODUCTS = (F.linear, torch.matmul, F.scaled_dot_product_attention)

@@ -212,8 +212,8 @@ def require_memory(source: Checkpoint, length: int, *, streaming: bool = False) 
         )
         raise ValidationError(
             f"the float32 reference of {source.folder} needs {needed.weights_bytes / 1e9:.1f} GB for weights "
-            f"and {needed.work_bytes / 1e9:.1f} GB for {length} tokens (predicted), {present / 1e9:.1f} GB is "
-            f"available; use {remedy}"
+            f"and {needed.work_bytes / 1e9:.1f} GB for {length} tokens (predicted), "
+            f"{present / 1e9:.1f} GB is available; use {remedy}"
         )
 
 

@@ -29,8 +29,11 @@ SCORE_BYTES = 1 << 28
 class LayerSource(Protocol):
     """Where the parts of a decoder come from; `LayerStream` is one."""
 
-    config: MistralConfig
-    rotary: nn.Module
+    @property
+    def config(self) -> MistralConfig: ...
+
+    @property
+    def rotary(self) -> nn.Module: ...
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids: int64 [1, T].  Returns [1, T, hidden_size]."""
@@ -98,7 +101,8 @@ class HuggingFaceLayers:
 
     def run(self, index: int, hidden: Array) -> LayerStates:
         """Layer `index` over all T tokens.  hidden: float32 [T, hidden_size]."""
-        layer, seen, leaving = self._source.layer(index), DynamicLayer(), np.empty_like(hidden)
+        layer, leaving = self._source.layer(index), np.empty_like(hidden)
+        seen: Any = DynamicLayer()  # type: ignore[no-untyped-call]
         # One for every index that a layer may know itself by; `DynamicCache(config=…)` would forget keys.
         cache = Cache(layers=[seen] * self.num_hidden_layers)
         heads = self._source.config.num_attention_heads
