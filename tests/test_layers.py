@@ -162,7 +162,12 @@ def undeclared(root: Path) -> list[str]:
         return names
 
     allowed = {"export": "export", "engines": "engines", "validate": "validate", "runtime": "onnxruntime"}
-    own = {"demo_model": "demo", "synth": "synth", "quantization": "quantize"}
+    own = {
+        "demo_model": "demo",
+        "synth": "synth",
+        "quantization": "quantize",
+        "fake_quantization": "quantize",
+    }
     base, found = packages(project["dependencies"]), []
     for name, path in modules(root).items():
         stage = stage_of(name)
