@@ -163,7 +163,7 @@ def undeclared(root: Path) -> list[str]:
 
     allowed = {"export": "export", "engines": "engines", "validate": "validate", "runtime": "onnxruntime"}
     own = {"demo_model": "demo", "synth": "synth", "quantization": "quantize"}
-    own |= {"lm_eval_adapter": "lm-eval", "lm_eval_tasks": "lm-eval"}
+    own |= {"fake_quantization": "quantize", "lm_eval_adapter": "lm-eval", "lm_eval_tasks": "lm-eval"}
     base, found = packages(project["dependencies"]), []
     for name, path in modules(root).items():
         stage = stage_of(name)

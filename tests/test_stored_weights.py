@@ -545,6 +545,13 @@ def test_what_belongs_to_nothing_is_seen(copy: Made) -> None:
     assert pair.wrong() == {f"{LAYER}self_attn.q_proj.bias": "belongs to no weight of the checkpoint"}
 
 
+def test_every_weight_of_the_checkpoint_is_used(made: Made) -> None:
+    pair, name = made("fp16"), "model.layers.2.mlp.up_proj.weight"
+    source = Checkpoint.open(pair.checkpoint)
+    deeper = replace(source, weights={**source.weights, name: source.weights[UP]})
+    assert pair.findings(deeper).wrong == {name: "has no module in the graph"}
+
+
 def test_a_zero_point_is_seen(copy: Made) -> None:
     pair = copy("int8")
 

@@ -51,8 +51,9 @@ def compare_weights(
     wrong |= wrong_constants(graph, contract)
     wrong |= wrong_initializers(graph, layers, rotary=rotary_frequencies(graph))
     sides = _Sides(graph, source, contract.cache_dtype, _folds(graph, contract, source))
-    for module in modules_of(layers):
-        name = f"{module}.weight"
+    names = [f"{module}.weight" for module in modules_of(layers)]
+    wrong |= {name: "has no module in the graph" for name in source.weights if name not in names}
+    for name in names:
         if name not in wrong:
             wrong |= _said(sides, name, hint=len(wrong) < _HINTS)
         if name in source.weights:
