@@ -25,6 +25,7 @@ from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate.layerwise import runner, segments
 from mistral_trt.validate.layerwise.layer_slice import layer_slice
+from mistral_trt.validate.layerwise.loaded import LoadedSegment
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.segments import cut_layer, read_graph
@@ -235,7 +236,7 @@ def test_hidden_states_are_those_of_the_whole_graph(made: Files) -> None:
     with opened(artifact) as layers:
         states = run_layers(layers, recording).states
     past = {
-        spec.name: np.zeros((1, *spec.shape[1:]), np.float32)  # type: ignore[arg-type]
+        spec.name: np.zeros((1, *(int(size) for size in spec.shape[1:])), np.float32)
         for spec in artifact.contract.past()
     }
     for i, step in enumerate(recording.steps[:4]):
@@ -333,7 +334,7 @@ def test_weights_in_a_file_with_a_second_name_are_read(made: Files, tmp_path: Pa
 
 def test_a_layer_is_gone_before_the_next_is_loaded(made: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    loaded = runner.LoadedSegment
+    loaded = LoadedSegment
 
     def load(*arguments: Any, **options: Any) -> Any:
         assert not any(ref() for ref in alive)

@@ -31,7 +31,7 @@ from tests.conftest import Folder
 from tests.models import TINY
 from tests.rings import Call, calls, simulate
 
-LAYERS, LENGTH, CLOSE = 3, 30, 1e-5
+LAYERS, LENGTH, WINDOW, CLOSE = 3, 30, 8, 1e-5
 TOKENS = tuple(int(t) for t in np.random.default_rng(3).integers(0, TINY.vocab_size, LENGTH))
 FAULTY = 1
 
@@ -55,7 +55,7 @@ class HuggingFaceLayers:
     def run(self, index: int, hidden: np.ndarray) -> LayerStates:
         layer, x = self.model.model.layers[index], torch.from_numpy(hidden)[None]
         places = torch.arange(len(hidden))
-        seen = (places[None] <= places[:, None]) & (places[None] > places[:, None] - TINY.sliding_window)
+        seen = (places[None] <= places[:, None]) & (places[None] > places[:, None] - WINDOW)
         mask = torch.where(seen, 0.0, float("-inf"))[None, None]
         angles = self.model.model.rotary_emb(x, places[None])
         left = layer(x, attention_mask=mask, position_ids=places[None], position_embeddings=angles)
@@ -106,7 +106,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(onnx_folder: Folder, tiny_checkpoint: Folder) -> Pair:
     folder, source = onnx_folder(num_hidden_layers=LAYERS), tiny_checkpoint(num_hidden_layers=LAYERS)
-    model = load_model(Checkpoint.open(source), sliding_window=8)
+    model = load_model(Checkpoint.open(source), sliding_window=WINDOW)
     return Pair(folder, read_manifest(folder).contract, HuggingFaceLayers(model))
 
 
@@ -180,7 +180,8 @@ def test_a_window_off_by_one_shows_where_the_window_ends(pair: Pair, tmp_path: P
 
 
 def test_without_accumulation_the_reading_alone_is_run(pair: Pair) -> None:
-    whole, log, done = pair.follow("padded"), RangeLog(), []
+    whole, log = pair.follow("padded"), RangeLog()
+    done: list[int] = []
     recordings = {"padded": pair.recordings()["padded"]}
     followed = pair.follow(
         "padded", recordings=recordings, accumulate=False, ranges=log, progress=done.append
@@ -199,7 +200,7 @@ def test_what_cannot_be_compared_is_refused(pair: Pair, tiny_checkpoint: Folder)
         pair.follow(tokens=tuple(t ^ 1 for t in TOKENS))
     with pytest.raises(ValidationError, match=f"position {LENGTH} was not fed"):
         pair.follow(tokens=(*TOKENS, 0))
-    model = load_model(Checkpoint.open(tiny_checkpoint(num_hidden_layers=2)), sliding_window=8)
+    model = load_model(Checkpoint.open(tiny_checkpoint(num_hidden_layers=2)), sliding_window=WINDOW)
     with pytest.raises(ValidationError, match="the artifact has 3 decoder layers and the reference 2"):
         pair.follow(reference=HuggingFaceLayers(model))
 

@@ -70,6 +70,12 @@ def _lend(model: ir.Model) -> dict[str, ort.OrtValue]:
         if isinstance(tensor, ir.LazyTensor):
             lent[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(tensor.numpy(), order="C"))
             value.const_value = ir.ExternalTensor(
-                "memory", 0, tensor.nbytes, tensor.dtype, shape=value.shape, name=name, base_dir=""
+                "memory",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir="",
             )
     return lent
