@@ -399,7 +399,7 @@ def perplexity_of(checkpoint: Path, tokens: Sequence[int]) -> float:
 def test_a_quantized_artifact_is_held_to_its_quality(int8_reader: tuple[Path, Path], tmp_path: Path) -> None:
     result = compare(*int8_reader, tmp_path / "report", length=1100)
     assert result.passed, result.verdict
-    assert result.notes == ()
+    assert [note for note in result.notes if not note.startswith("Not gated (not run)")] == []
     gates = {gate.name: gate for gate in result.gates}
     assert set(gates) == {
         "calls_failed", "hidden_slots_seen", "visible_slots_unseen", "perplexity_ratio", "kl_mean",
@@ -546,7 +546,7 @@ def test_a_report_replaces_a_report_and_nothing_else(
     for seed in (0, 1):
         compare(onnx_folder(), tiny_checkpoint(), out, length=30, seed=seed)
         assert f"seed {seed}" in (out / "report.html").read_text()
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.html", "junit.xml"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     with pytest.raises(ArtifactError):
