@@ -23,7 +23,7 @@ from mistral_trt.errors import (
 )
 from mistral_trt.runtime import Engine, SamplingParams, Stream
 from mistral_trt.runtime.backend import Logits, Step
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.continuous_batch import ContinuousBatch
 from tests.token_backend import (
     Call,
     Gate,
@@ -200,13 +200,13 @@ def test_a_running_stream_waits_for_one_chunk_and_one_step_at_most(
 def test_that_bound_sees_a_scheduler_that_prefills_without_pause(
     engine: Engine, backend: TokenBackend, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = Scheduler._prefill
+    once = ContinuousBatch.prefill
 
-    def all_of_it(self: Scheduler) -> None:
+    def all_of_it(self: ContinuousBatch) -> None:
         while self._prefilling:
             once(self)
 
-    monkeypatch.setattr(Scheduler, "_prefill", all_of_it)
+    monkeypatch.setattr(ContinuousBatch, "prefill", all_of_it)
     assert chunks_between_steps(interleaved(engine, backend, gate)) >= 10
 
 
@@ -562,7 +562,7 @@ def test_a_dead_engine_fails_everything_and_says_why(
     elif where == "copy":
         monkeypatch.setattr(backend, "copy_row", lambda *_: (_ for _ in ()).throw(error))
     else:
-        monkeypatch.setattr(Scheduler, "_count", lambda *_: 1 / 0)
+        monkeypatch.setattr(ContinuousBatch, "_count", lambda *_: 1 / 0)
     gate.open()
     words = "division by zero" if where == "bug" else "the device is lost"
     for stream in streams:
