@@ -58,7 +58,7 @@ class ParkedRings:
     def make_room(self, leaving: SessionRing | None = None, *, of_wanted: bool = False) -> bool:
         """Whether memory has room for one ring more; others are dropped for it, or begun to be written.
 
-        leaving: one that is to be taken as soon as there is.  of_wanted: even by moving rings that are wanted.
+        leaving: one that is to be taken as soon as there is.  of_wanted: move even wanted rings.
         """
         while self._held(leaving) >= self._memory_rings:
             victim = self._least_used((r for r in self._in_memory if r is not leaving), of_wanted)

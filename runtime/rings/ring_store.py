@@ -52,10 +52,11 @@ class RingStore:
     def clear_rows(self, count: int, ring: SessionRing | None = None) -> bool:
         """Whether `count` rows are free now, after moving the least recently used idle rings off theirs.
 
-        ring: of the session that is to go on, which may have its row already. False: too many rows are used
-        by running requests, or host memory has no room until a ring is in its file.
+        ring: of the session that is to go on, which may have its row already, or needs none to be told that
+        its ring is gone. False: too many rows are used by running requests, or host memory has no room until
+        a ring is in its file.
         """
-        if ring is not None and ring.row is not None:
+        if ring is not None and (ring.row is not None or ring.lost is not None):
             return True
         if self._cache.free_rows + len(self._on_rows) < count:
             return False
