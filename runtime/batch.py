@@ -6,7 +6,7 @@ from queue import SimpleQueue
 from mistral_trt.errors import QueueFullError
 from mistral_trt.runtime.request import Delivery, FinishReason, Job, Output, Piece, Request
 from mistral_trt.runtime.sampling.sampler import Choice
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.scheduler import Scheduler
 from mistral_trt.runtime.stream import LoopBuffer
 
 Put = Callable[[int, Delivery], object]

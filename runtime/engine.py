@@ -19,15 +19,17 @@ from mistral_trt.manifest import Manifest, manifest_sha256
 from mistral_trt.runtime.backend import Backend
 from mistral_trt.runtime.batch import Batch, run_batch, run_batch_async
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.history import History
 from mistral_trt.runtime.input_processor import InputProcessor
 from mistral_trt.runtime.loading import Progress, open_artifact, require_used
 from mistral_trt.runtime.metrics import Counters, Metrics
-from mistral_trt.runtime.request import Job, Output, SessionRing
-from mistral_trt.runtime.request_queue import Message as Work
-from mistral_trt.runtime.ring_file import RingFolder
-from mistral_trt.runtime.ring_store import RingStore
+from mistral_trt.runtime.request import Job, Output
+from mistral_trt.runtime.rings.parked_rings import ParkedRings
+from mistral_trt.runtime.rings.ring_folder import RingFolder
+from mistral_trt.runtime.rings.ring_store import RingStore
 from mistral_trt.runtime.sampling.params import SamplingParams
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.request_queue import RequestQueue, Work
+from mistral_trt.runtime.scheduling.scheduler import Scheduler
 from mistral_trt.runtime.session import Session, SessionHost, restored
 from mistral_trt.runtime.stream import AsyncStream, Stream
 from mistral_trt.runtime.text.chat import Message, checked
@@ -37,7 +39,8 @@ log = logging.getLogger("mistral_trt.runtime")
 
 Prompt = str | Sequence[int]
 
-_DEFAULT_SESSION_ROWS = 4
+_SESSION_ROWS_IN_MEMORY = 4
+_SESSION_ROWS_ON_DISK = 32
 
 
 class Engine:
@@ -46,7 +49,8 @@ class Engine:
     queue_size: most requests that may wait for a row; the next is refused with QueueFullError.
     fixed_batch: always decode over max_batch_size rows, so that logits do not depend on what else runs, down
     to the last bit.  session_memory_bytes: host memory for rings of idle sessions, by default four rows'
-    worth.  session_dir: a folder where those beyond it go; without one they are dropped.
+    worth.  session_dir: a folder where those beyond it go; without one they are dropped.  session_disk_bytes:
+    what they may take there, by default 32 rows' worth; those beyond that are dropped.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Engine:
         fixed_batch: bool = False,
         session_memory_bytes: int | None = None,
         session_dir: str | Path | None = None,
+        session_disk_bytes: int | None = None,
     ) -> None:
         """`Engine.load` makes engines; this takes any backend, which it closes when it is closed itself.
 
@@ -67,19 +72,22 @@ class Engine:
         """
         self.manifest = manifest
         self._backend = backend
-        cache = RollingCache(backend)
-        memory = _DEFAULT_SESSION_ROWS * cache.contract.ring_bytes_per_row
-        memory = memory if session_memory_bytes is None else session_memory_bytes
+        cache, counters = RollingCache(backend), Counters()
+        row_bytes = cache.contract.ring_bytes_per_row
+        memory = _SESSION_ROWS_IN_MEMORY * row_bytes if session_memory_bytes is None else session_memory_bytes
+        disk = _SESSION_ROWS_ON_DISK * row_bytes if session_disk_bytes is None else session_disk_bytes
         _require_count("queue_size", queue_size)
         _require_count("session_memory_bytes", memory)
+        _require_count("session_disk_bytes", disk)
+        if session_dir is None and session_disk_bytes is not None:
+            raise GenerationError("session_disk_bytes is a bound of session_dir; pass that too")
         inbox: SimpleQueue[Work | None] = SimpleQueue()
         files = _ring_folder(session_dir, manifest, artifact_sha256, inbox)
-        counters = Counters()
-        store = RingStore(cache, counters, memory_bytes=memory, files=files)
+        queue = RequestQueue(cache.capacity_rows, queue_size)
+        parked = ParkedRings(row_bytes, files, memory_bytes=memory, disk_bytes=disk, wanted=queue.has_turn)
+        store = RingStore(cache, counters, parked, wanted=queue.has_turn)
         self._inputs = InputProcessor(manifest, tokenizer)
-        self._scheduler = Scheduler(
-            cache, store, counters, inbox, queue_size=queue_size, fixed_batch=fixed_batch
-        )
+        self._scheduler = Scheduler(cache, store, counters, queue, inbox, fixed_batch=fixed_batch)
         self._host = (store, artifact_sha256)
         self._batch_width = 2 * cache.capacity_rows
         weakref.finalize(self, self._scheduler.stop).atexit = False  # the scheduler sees to that itself
@@ -96,6 +104,7 @@ class Engine:
         queue_size: int = 256,
         session_memory_bytes: int | None = None,
         session_dir: str | Path | None = None,
+        session_disk_bytes: int | None = None,
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
     ) -> "Engine":
@@ -128,6 +137,7 @@ class Engine:
                 fixed_batch=fixed_batch,
                 session_memory_bytes=session_memory_bytes,
                 session_dir=session_dir,
+                session_disk_bytes=session_disk_bytes,
             )
         except BaseException:
             backend.close()
@@ -212,7 +222,7 @@ class Engine:
         """
         first = [] if system is None else [{"role": "system", "content": system}]
         chat = None if system is None and messages is None else tuple(checked([*first, *(messages or ())]))
-        return Session(self._session_host(), SessionRing(messages=chat))
+        return Session(self._session_host(), History(messages=chat))
 
     def restore_session(self, file: str | Path) -> Session:
         """A session that `Session.save` wrote, as it was.

@@ -6,7 +6,8 @@ from itertools import takewhile
 
 from mistral_trt.errors import GenerationError
 from mistral_trt.manifest import Manifest
-from mistral_trt.runtime.request import Job, Request, Sample, Turn
+from mistral_trt.runtime.history import Turn
+from mistral_trt.runtime.request import Job, Request, Sample
 from mistral_trt.runtime.sampling.candidates import Workspace
 from mistral_trt.runtime.sampling.constraint import Constraint, GrammarCompiler
 from mistral_trt.runtime.sampling.params import SamplingParams

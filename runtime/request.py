@@ -2,17 +2,15 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from mistral_trt.contract import POSITION_ACCURATE_LIMIT, POSITION_LIMIT, GraphContract
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.backend import Logits
-from mistral_trt.runtime.cache import RowSnapshot
+from mistral_trt.runtime.history import Turn
 from mistral_trt.runtime.sampling.params import SamplingParams
 from mistral_trt.runtime.sampling.sampler import Choice, Sampler, TokenLogprob
-from mistral_trt.runtime.text.chat import Message
 from mistral_trt.runtime.text.text_stream import TextStream
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
@@ -99,11 +97,12 @@ class Request:
 class Sample:
     """One of a request's n texts, from its first token to its last.
 
-    position: where its next token will stand.  row: of the rings, -1 before it has one.
+    position: where its next token will stand.  row: of the rings, -1 while it has none.  finished: why its
+    text ends, as soon as that is known.  ended: it has given back what it took.
     """
 
     __slots__ = (
-        "_end_position", "_params", "_sampler", "_text", "finished", "index", "job", "last_token",
+        "_end_position", "_params", "_sampler", "_text", "ended", "finished", "index", "job", "last_token",
         "position", "produced", "row", "time",
     )  # fmt: skip
 
@@ -117,6 +116,7 @@ class Sample:
         self.last_token = -1
         self.time = 0.0
         self.finished: FinishReason | None = None
+        self.ended = False
 
     def accept(self, logits: Logits) -> Piece | None:
         """Choose the next token; `finished` then says whether it was the last.  logits: float32 [V].
@@ -149,83 +149,18 @@ class Sample:
         return "context" if self.position >= self._end_position else None
 
 
-@dataclass(eq=False)
-class SessionRing:
-    """A session's tokens, how many of them its ring holds, and where that ring is.
-
-    tokens: the history; those from `position` on are still to be fed.  messages: of a chat, without the
-    latest answer, whose tokens start at `answer_start`.
-    The ring is in `row`, in `snapshot`, in `file`, or nowhere: then position is 0, and `lost` says why if it
-    ever held anything.  moving: a write to a file, or a read of one, is under way.
-    job: the turn that is queued or running.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    messages: tuple[Message, ...] | None = None
-    answer_start: int = 0
-    position: int = 0
-    row: int | None = None
-    snapshot: RowSnapshot | None = None
-    file: Path | None = None
-    moving: bool = False
-    lost: str | None = None
-    job: "Job | None" = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A request as a session's next turn.
-
-    messages: of the chat, the new ones among them.  restart: the ring begins anew at position 0.
-    history: how many tokens the session had when the turn was made from them.
-    """
-
-    ring: SessionRing
-    history: int
-    messages: tuple[Message, ...] | None = None
-    restart: bool = False
-
-    def claim(self, job: "Job") -> None:
-        """Make it the session's turn. Raises GenerationError if there is another one."""
-        if self.ring.job is not None or len(self.ring.tokens) != self.history:
-            raise GenerationError(
-                "a session has one turn at a time: read its stream to the end, or cancel it, before the "
-                "next; fork() gives a second session that goes on from here"
-            )
-        self.ring.job = job
-
-    def begin(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The turn has its row: what it asks is part of the history from now on.
-
-        Returns the tokens to feed, known only now: the turn before may have ended since it was asked.
-        """
-        feed = self.to_feed(prompt)
-        self.ring.tokens, self.ring.messages = list(prompt), self.messages
-        self.ring.answer_start = len(prompt)
-        return feed
-
-    def to_feed(self, prompt: Sequence[int]) -> Sequence[int]:
-        """What the ring does not hold of a prompt. Raises GenerationError if that is nothing."""
-        if len(prompt) <= self.ring.position:
-            raise GenerationError("all tokens of this session are fed: go on with a prompt of at least one")
-        return prompt[self.ring.position :]
-
-
 class Job:
     """A request in flight.
 
-    turn: of the session that asked, `ring` where that keeps its state.  samples: its n texts.  running: how
-    many of them have not ended.  feed: the tokens to prefill, `fed` of which are.
+    turn: of the session that asked.  samples: its n texts.  feed: the tokens to prefill, `fed` of which are.
     deliver: takes its pieces, on the scheduler's thread; it must not block.  done: set just before the last
     piece is delivered.  submitted: when it was queued.
     """
 
     def __init__(self, request: Request, contract: GraphContract, turn: Turn | None = None) -> None:
         self.request, self.turn = request, turn
-        self.ring = None if turn is None else turn.ring
         self.end_position = request.end_position(contract)
         self.samples: list[Sample] = []
-        self.running = request.params.n
         self.feed: Sequence[int] = request.prompt
         self.fed = 0
         self.deliver: Deliver = _nowhere
@@ -237,6 +172,10 @@ class Job:
     def rows(self) -> int:
         """How many rows it needs."""
         return self.request.params.n
+
+    def running(self) -> list[Sample]:
+        """The samples that have not ended."""
+        return [sample for sample in self.samples if not sample.ended]
 
 
 def _nowhere(item: Delivery) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Self
 
 from mistral_trt.errors import GenerationError, SessionError
 from mistral_trt.runtime.cache import RowSnapshot
+from mistral_trt.runtime.history import History, Turn
 from mistral_trt.runtime.input_processor import InputProcessor
-from mistral_trt.runtime.request import Job, SessionRing, Turn
-from mistral_trt.runtime.ring_file import read_ring, write_ring
-from mistral_trt.runtime.ring_store import RingStore, replica
+from mistral_trt.runtime.request import Job
+from mistral_trt.runtime.rings.ring_file import read_ring, write_ring
+from mistral_trt.runtime.rings.ring_store import RingStore
 from mistral_trt.runtime.sampling.params import SamplingParams
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.scheduler import Scheduler
 from mistral_trt.runtime.stream import AsyncStream, Stream
 from mistral_trt.runtime.text.chat import Message, checked
 
@@ -39,27 +40,27 @@ class Session:
     """One conversation, as text or as chat messages. One turn runs at a time.
 
     Between turns its ring stays on a row until another request needs that, then goes to host memory, then to
-    `session_dir`; without one it is dropped when memory is full, and the next turn raises SessionError.
+    `session_dir`; where that is full, or none was given, it is dropped and the next turn raises SessionError.
     A session that is no longer referenced is closed.
     """
 
-    def __init__(self, host: SessionHost, ring: SessionRing) -> None:
+    def __init__(self, host: SessionHost, history: History) -> None:
         """`Engine.session` and `Engine.restore_session` make sessions."""
-        self._host, self._ring = host, ring
+        self._host, self._history = host, history
         self._closed = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The history."""
-        return tuple(self._ring.tokens)
+        return tuple(self._history.tokens)
 
     @property
     def messages(self) -> tuple[Message, ...] | None:
         """The messages of a chat, the latest answer included; None of a text."""
-        ring = self._ring
-        if ring.messages is None or not ring.tokens:
-            return ring.messages
-        return (*ring.messages, {"role": "assistant", "content": self._answer()})
+        history = self._history
+        if history.messages is None or not history.tokens:
+            return history.messages
+        return (*history.messages, {"role": "assistant", "content": self._answer()})
 
     def stream(
         self,
@@ -98,14 +99,18 @@ class Session:
         return AsyncStream(prepare, self._host.scheduler, self)
 
     def fork(self) -> "Session":
-        """A second session that goes on from here; its ring is a copy."""
+        """A second session that goes on from here. It waits while its ring's copy has no room.
+
+        Raises SessionError if the ring is gone, or if there is no free row, full memory and no session_dir.
+        """
         self._require_open()
         self._wait_for_cancelled()
-        host, ring = self._host, self._ring
-        found = host.scheduler.call(partial(host.store.fork, ring))
-        if isinstance(found, Path):
-            found = host.scheduler.call(partial(host.store.add, replica(ring), self._read(found)))
-        return Session(host, found)
+        host, history = self._host, self._history
+
+        def forked() -> History:
+            return history.forked(host.store.fork(history.ring))
+
+        return Session(host, host.scheduler.call(forked))
 
     def save(self, file: str | Path) -> None:
         """Write ring and history to a file, atomically. `Engine.restore_session` reads it.
@@ -114,18 +119,23 @@ class Session:
         """
         self._require_open()
         self._wait_for_cancelled()
-        host, ring = self._host, self._ring
-        state = host.scheduler.call(partial(host.store.state, ring))
-        state = self._read(state) if isinstance(state, Path) else state
-        messages = None if ring.messages is None else list(ring.messages)
-        details = {"tokens": ring.tokens, "messages": messages, "answer_start": ring.answer_start}
+        host, history = self._host, self._history
+
+        def found() -> tuple[RowSnapshot | Path | None, History]:
+            return host.store.state(history.ring), history.forked(history.ring)
+
+        state, kept = host.scheduler.call(found)
+        if isinstance(state, Path):
+            state = read_ring(state, host.inputs.contract, host.artifact_sha256).state
+        messages = None if kept.messages is None else list(kept.messages)
+        details = {"tokens": kept.tokens, "messages": messages, "answer_start": kept.answer_start}
         write_ring(Path(file), host.inputs.contract, host.artifact_sha256, state, details)
 
     def close(self) -> None:
         """End a running turn, and give back the row or the memory that the ring takes."""
         if not self._closed:
             self._closed = True
-            self._host.scheduler.forget(self._ring)
+            self._host.scheduler.forget(self._history.ring)
 
     def __enter__(self) -> Self:
         return self
@@ -150,59 +160,53 @@ class Session:
         self._require_open()
         if params is not None and params.n != 1:
             raise GenerationError(f"a session's turn has one text, found n={params.n}; use fork()")
-        history = len(self._ring.tokens)
+        length = len(self._history.tokens)
         if messages is not None:
             if prompt is not None or special_tokens:
                 raise GenerationError("expected either a prompt or messages")
-            tokens, turn = self._chat_turn(messages, history)
+            tokens, turn = self._chat_turn(messages, length)
         else:
-            tokens, turn = self._text_turn(prompt, history, special_tokens)
+            tokens, turn = self._text_turn(prompt, length, special_tokens)
         if not turn.restart:
             turn.to_feed(tokens)
         return self._host.inputs.job(self._host.inputs.request(tokens, params, allow_long=allow_long), turn)
 
     def _text_turn(
-        self, prompt: str | Sequence[int] | None, history: int, special_tokens: bool
+        self, prompt: str | Sequence[int] | None, length: int, special_tokens: bool
     ) -> tuple[list[int], Turn]:
-        ring, inputs = self._ring, self._host.inputs
-        if ring.messages is not None:
+        history, inputs = self._history, self._host.inputs
+        if history.messages is not None:
             raise GenerationError(
                 'this session is a chat: pass messages=[{"role": "user", "content": …}], or use another one'
             )
         new = [] if prompt is None else inputs.prompt_tokens(prompt, special_tokens=special_tokens)
-        if history and isinstance(prompt, str):
+        if length and isinstance(prompt, str):
             new = new[inputs.leading_tokens(new) :]
-        return [*ring.tokens, *new], Turn(ring, history)
+        return [*history.tokens, *new], Turn(history, length)
 
-    def _chat_turn(self, messages: Sequence[Message], history: int) -> tuple[list[int], Turn]:
-        ring, tokenizer = self._ring, self._host.inputs.tokenizer
-        if history and ring.messages is None:
+    def _chat_turn(self, messages: Sequence[Message], length: int) -> tuple[list[int], Turn]:
+        history, tokenizer = self._history, self._host.inputs.tokenizer
+        if length and history.messages is None:
             raise GenerationError("this session is a text: pass a prompt, or use another one for a chat")
-        new = tuple(checked(messages))
-        if not history:
-            whole = (*(ring.messages or ()), *new)
-            return tokenizer.encode_chat(whole), Turn(ring, history, whole)
-        before, answer = ring.messages or (), self._answer()
+        before, new = history.messages or (), tuple(checked(messages))
+        if not length:
+            whole = (*before, *new)
+            return tokenizer.encode_chat(whole), Turn(history, length, whole)
+        answer = self._answer()
         whole = (*before, {"role": "assistant", "content": answer}, *new)
         added = tokenizer.continue_chat(before, answer, new)
         if added is None:  # the longer conversation does not begin with this one's tokens
-            return tokenizer.encode_chat(whole), Turn(ring, history, whole, restart=True)
-        return [*ring.tokens, *added], Turn(ring, history, whole)
+            return tokenizer.encode_chat(whole), Turn(history, length, whole, restart=True)
+        return [*history.tokens, *added], Turn(history, length, whole)
 
     def _answer(self) -> str:
         """The text of the latest answer, all of it."""
-        ring = self._ring
-        decoder = self._host.inputs.tokenizer.decoder(ring.tokens[: ring.answer_start])
-        return "".join(decoder.push(token) for token in ring.tokens[ring.answer_start :]) + decoder.finish()
+        tokens, start = self._history.tokens, self._history.answer_start
+        decoder = self._host.inputs.tokenizer.decoder(tokens[:start])
+        return "".join(decoder.push(token) for token in tokens[start:]) + decoder.finish()
 
     def _wait_for_cancelled(self) -> None:
-        """A turn that was cancelled ends at the next step; waiting for that is no error."""
-        job = self._ring.job
-        if job is not None and job.cancelled:
-            self._host.scheduler.wait(job)
-
-    def _read(self, file: Path) -> RowSnapshot | None:
-        return read_ring(file, self._host.inputs.contract, self._host.artifact_sha256).state
+        self._host.scheduler.wait_for_cancelled(self._history.ring)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -210,17 +214,21 @@ class Session:
 
 
 def restored(host: SessionHost, file: Path) -> Session:
-    """A saved session, as it was. Raises SessionError for a file of another artifact, or a damaged one."""
+    """A saved session, as it was. It waits while its ring has no room, as `Session.fork` does.
+
+    Raises SessionError for a file of another artifact, a damaged one, or as `Session.fork`.
+    """
     found = read_ring(file, host.inputs.contract, host.artifact_sha256)
-    ring = _history(found.details, file)
-    if found.state is not None and found.state.position > len(ring.tokens):
+    history = _saved_history(found.details, file)
+    if found.state is not None and found.state.position > len(history.tokens):
         raise SessionError(f"{file} is damaged: its ring holds more tokens than its history; save it again")
-    return Session(host, host.scheduler.call(partial(host.store.add, ring, found.state)))
+    history.ring = host.scheduler.call(partial(host.store.add, found.state))
+    return Session(host, history)
 
 
-def _history(details: Any, file: Path) -> SessionRing:
+def _saved_history(details: Any, file: Path) -> History:
     tokens, messages, start = (details.get(name) for name in ("tokens", "messages", "answer_start"))
     whole = isinstance(tokens, list) and all(type(token) is int for token in tokens) and type(start) is int
     if not whole or not (messages is None or isinstance(messages, list)):
         raise SessionError(f"{file} is damaged: it holds no history of a session; save it again")
-    return SessionRing(tokens, None if messages is None else tuple(checked(messages)), start)
+    return History(tokens, None if messages is None else tuple(checked(messages)), start)

@@ -8,7 +8,7 @@ from typing import Self
 
 from mistral_trt.errors import GenerationError
 from mistral_trt.runtime.request import Delivery, Job, Piece
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.scheduler import Scheduler
 
 
 class Stream:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.scheduling.continuous_batch import ContinuousBatch
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_checkpoint, write_tokenizer
 
@@ -129,7 +129,7 @@ def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 def test_a_slow_host_breaks_the_bound_of_overhead(
     bench: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Scheduler, "_admit", slowed(Scheduler._admit, 0.001))
+    monkeypatch.setattr(ContinuousBatch, "admit", slowed(ContinuousBatch.admit, 0.001))
     assert len(failed(bench.runtime.overhead(settings))) == 2
 
 
@@ -145,13 +145,13 @@ def test_a_slow_backend_is_not_taken_for_overhead(
 def test_a_stream_held_up_by_prefill_breaks_the_bound(
     bench: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill = Scheduler._prefill
+    prefill = ContinuousBatch.prefill
 
-    def greedy_prefill(self: Scheduler) -> None:
+    def greedy_prefill(self: ContinuousBatch) -> None:
         for _ in range(8):
             prefill(self)
 
-    monkeypatch.setattr(Scheduler, "_prefill", greedy_prefill)
+    monkeypatch.setattr(ContinuousBatch, "prefill", greedy_prefill)
     found = bench.runtime.rhythm_(settings)
     assert any("chunks without a step" in what for what in failed(found))
     assert found["figures"]["beside a long prompt"]["chunks_in_a_row"] == 8
@@ -172,13 +172,13 @@ def test_steps_that_grow_with_the_position_break_the_bound(
 
 
 def test_a_leak_breaks_the_bound(bench: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept, kept = Scheduler._accept, list[bytearray]()
+    accept, kept = ContinuousBatch._accept, list[bytearray]()
 
-    def leaking(self: Scheduler, *arguments: Any) -> None:
+    def leaking(self: ContinuousBatch, *arguments: Any) -> None:
         kept.append(bytearray(b"x" * 500_000))
         accept(self, *arguments)
 
-    monkeypatch.setattr(Scheduler, "_accept", leaking)
+    monkeypatch.setattr(ContinuousBatch, "_accept", leaking)
     assert len(failed(bench.runtime.memory(settings))) == 1
 
 

@@ -22,9 +22,8 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime import Engine, SamplingParams, Session, Stream
 from mistral_trt.runtime.backend import Backend, Logits, RingArray, Step
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.history import Turn
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.request import SessionRing
-from mistral_trt.runtime.ring_store import RingStore
 from mistral_trt.runtime.sampling import sampler as sampler_module
 from tests.conftest import Folder
 from tests.simulated.folder import machine, write_engine_folder
@@ -391,13 +390,13 @@ def random_numbers_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def turns_that_skip_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last token of a turn is taken for fed."""
-    rest = RingStore.rest
+    to_feed = Turn.to_feed
 
-    def wrong(self: RingStore, ring: SessionRing) -> None:
-        rest(self, ring)
-        ring.position = min(ring.position + 1, len(ring.tokens))
+    def wrong(self: Turn, prompt: Sequence[int]) -> Sequence[int]:
+        fed = to_feed(self, prompt)
+        return fed[min(self.ring.position, 1, len(fed) - 1) :]
 
-    monkeypatch.setattr(RingStore, "rest", wrong)
+    monkeypatch.setattr(Turn, "to_feed", wrong)
 
 
 FAULTS = [idle_rows_at_zero, copies_without_a_ring, random_numbers_in_order, turns_that_skip_a_token]

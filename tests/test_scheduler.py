@@ -4,11 +4,14 @@ W = 8, C = 4, R = 12. `TokenBackend` records its calls, and a `Gate` holds them 
 between two calls is the test's to say.
 """
 
+import asyncio
 import gc
+import inspect
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,12 @@ from mistral_trt.errors import (
 )
 from mistral_trt.runtime import Engine, SamplingParams, Stream
 from mistral_trt.runtime.backend import Logits, Step
-from mistral_trt.runtime.scheduler import Scheduler
+from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.runtime.input_processor import InputProcessor
+from mistral_trt.runtime.request import Sample
+from mistral_trt.runtime.rings.parked_rings import ParkedRings
+from mistral_trt.runtime.rings.ring_store import RingStore
+from mistral_trt.runtime.scheduling.continuous_batch import ContinuousBatch
 from tests.token_backend import (
     Call,
     Gate,
@@ -101,6 +109,38 @@ def test_one_thread_runs_the_backend_and_starts_at_the_first_request(backend: To
     assert backend.threads == {NAME}
     engine.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("part", [RollingCache, ContinuousBatch, RingStore, ParkedRings, Sample])
+def test_what_is_the_schedulers_threads_own_is_touched_by_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: type
+) -> None:
+    """Every method runs on it, but what the rules name: to look at metrics, and to make things."""
+    elsewhere = {"__init__", "usage", "_held", "_filed", "capacity_rows"}
+    threads: dict[str, set[str]] = {}
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.current_thread().name)
+            return method(*arguments, **named)
+
+        return run
+
+    for name, method in list(vars(part).items()):
+        if inspect.isfunction(method) and name not in elsewhere:
+            monkeypatch.setattr(part, name, watched(name, method))
+    backend = TokenBackend(token_contract(2))
+    with token_engine(backend, session_memory_bytes=0, session_dir=tmp_path) as engine:
+        sessions = [engine.session() for _ in range(4)]
+        for session in sessions * 2:
+            list(session.stream([1, 2], greedy(3)))
+            engine.metrics()
+        sessions[0].fork()
+        sessions[1].save(tmp_path / "saved")
+        engine.restore_session(tmp_path / "saved").close()
+        engine.stream(prompt(3), greedy(100)).close()
+        engine.generate([prompt(3)] * 3, greedy(3, n=2))
+    assert len(threads) > 3 and set().union(*threads.values()) == {NAME}
 
 
 def test_an_idle_engine_sleeps(engine: Engine) -> None:
@@ -200,13 +240,13 @@ def test_a_running_stream_waits_for_one_chunk_and_one_step_at_most(
 def test_that_bound_sees_a_scheduler_that_prefills_without_pause(
     engine: Engine, backend: TokenBackend, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = Scheduler._prefill
+    once = ContinuousBatch.prefill
 
-    def all_of_it(self: Scheduler) -> None:
+    def all_of_it(self: ContinuousBatch) -> None:
         while self._prefilling:
             once(self)
 
-    monkeypatch.setattr(Scheduler, "_prefill", all_of_it)
+    monkeypatch.setattr(ContinuousBatch, "prefill", all_of_it)
     assert chunks_between_steps(interleaved(engine, backend, gate)) >= 10
 
 
@@ -318,6 +358,32 @@ def test_what_waits_or_is_being_prefilled_can_be_cancelled(
         assert found == expected(backend.contract, prompt(2, seed), 5)
     assert sum(call.kind == "prefill" and call.first_row == 0 for call in backend.calls) < 10
     eventually(idle(engine))
+
+
+def test_an_async_stream_that_is_closed_while_its_request_is_made_is_cancelled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, make = threading.Event(), threading.Event(), InputProcessor.job
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert go.wait(10)
+        return make(*arguments)
+
+    monkeypatch.setattr(InputProcessor, "job", slow)
+
+    async def leave() -> None:
+        stream = engine.astream(prompt(3), greedy(1_000_000))
+        task = asyncio.ensure_future(anext(stream))
+        await asyncio.to_thread(begun.wait, 10)
+        stream.close()
+        go.set()
+        await asyncio.wait([task], timeout=10)
+        assert task.done() and [piece async for piece in stream] == []
+
+    asyncio.run(leave())
+    eventually(idle(engine))
+    assert engine.metrics().requests_finished["cancelled"] == 1
 
 
 def test_an_ended_request_is_not_cancelled_any_more(engine: Engine) -> None:
@@ -562,7 +628,7 @@ def test_a_dead_engine_fails_everything_and_says_why(
     elif where == "copy":
         monkeypatch.setattr(backend, "copy_row", lambda *_: (_ for _ in ()).throw(error))
     else:
-        monkeypatch.setattr(Scheduler, "_count", lambda *_: 1 / 0)
+        monkeypatch.setattr(ContinuousBatch, "_count", lambda *_: 1 / 0)
     gate.open()
     words = "division by zero" if where == "bug" else "the device is lost"
     for stream in streams:
@@ -570,6 +636,9 @@ def test_a_dead_engine_fails_everything_and_says_why(
             list(stream)
         assert caught.value.__cause__ is not None
     dead(engine, words)
+    found = engine.metrics()
+    assert (found.active_rows, found.queue_length) == (0, 0)
+    assert found.requests_finished["error"] == 10
     assert "cannot run any more" in caplog.text
     assert backend.closed
     engine.close()
@@ -639,7 +708,9 @@ def test_closing_ends_everything_as_cancelled(backend: TokenBackend, gate: Gate)
     with pytest.raises(EngineClosedError, match="the engine was closed; load it again"):
         engine.stream(prompt(2))
     engine.close()
-    assert engine.metrics().requests_finished["cancelled"] == 10
+    found = engine.metrics()
+    assert found.requests_finished["cancelled"] == 10
+    assert (found.active_rows, found.queue_length) == (0, 0)
 
 
 def test_an_engine_that_was_never_used_closes_too(backend: TokenBackend) -> None:
@@ -731,7 +802,7 @@ def test_what_cannot_be_served_is_refused_before_it_waits(
         assert not any(thread.name == NAME for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("option", ["queue_size", "session_memory_bytes"])
+@pytest.mark.parametrize("option", ["queue_size", "session_memory_bytes", "session_disk_bytes"])
 @pytest.mark.parametrize("value", [-1, 2.5, True, "4"])
 def test_options_that_are_no_counts_are_refused(backend: TokenBackend, option: str, value: object) -> None:
     with pytest.raises(GenerationError, match=f"{option} must be a whole number"):

@@ -8,14 +8,12 @@ name whole or not at all.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,9 +32,6 @@ _STORED: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """Cache dtype → how its bits are stored: numpy has no bfloat16."""
-
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -82,75 +77,6 @@ def read_ring(path: Path, contract: GraphContract, artifact_sha256: str) -> Ring
             return _read(file, path, contract, artifact_sha256)
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from error
-
-
-class RingFolder:
-    """A folder of its own for one engine's idle rings, written and read by a thread of its own.
-
-    wake: called on that thread with what is to be done with the result, on the thread that owns the rings.
-    """
-
-    def __init__(
-        self,
-        parent: Path,
-        contract: GraphContract,
-        artifact_sha256: str,
-        wake: Callable[[Callable[[], object]], object],
-    ) -> None:
-        self._parent, self._contract, self._artifact, self._wake = parent, contract, artifact_sha256, wake
-        self._folder: Path | None = None
-        self._count = 0
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mistral-trt-rings")
-        self._last: Future[None] | None = None
-
-    def write(self, state: RowSnapshot, done: Callable[[Path | Exception], object]) -> None:
-        """Write a ring after the one before it is written; `done` gets the file, or what went wrong."""
-        if self._last is not None:
-            wait([self._last])
-        self._last = self._begin(lambda: self._store(state), done)
-
-    def read(self, path: Path, done: Callable[[RowSnapshot | Exception], object]) -> None:
-        """Read a ring and remove its file."""
-        self._begin(lambda: self._fetch(path), done)
-
-    def close(self) -> None:
-        """Wait for what is under way and remove the folder."""
-        self._worker.shutdown(cancel_futures=True)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _begin(
-        self, work: Callable[[], _Result], done: Callable[[_Result | Exception], object]
-    ) -> Future[None] | None:
-        try:
-            return self._worker.submit(self._then, work, done)
-        except RuntimeError as error:  # the interpreter is ending
-            failure = error
-            self._wake(lambda: done(failure))
-            return None
-
-    def _then(self, work: Callable[[], _Result], done: Callable[[_Result | Exception], object]) -> None:
-        result: _Result | Exception
-        try:
-            result = work()
-        except Exception as error:  # a full disk, a damaged file: told to whoever waits
-            result = error
-        self._wake(lambda: done(result))
-
-    def _store(self, state: RowSnapshot) -> Path:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="mistral-trt-", dir=self._parent))
-        self._count += 1
-        path = self._folder / f"{self._count}.ring"
-        write_ring(path, self._contract, self._artifact, state, {})
-        return path
-
-    def _fetch(self, path: Path) -> RowSnapshot:
-        state = read_ring(path, self._contract, self._artifact).state
-        path.unlink(missing_ok=True)
-        if state is None:
-            raise SessionError(f"{path} holds no ring")
-        return state
 
 
 def _layout(contract: GraphContract) -> dict[str, Any]:

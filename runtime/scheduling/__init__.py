@@ -1,0 +1,1 @@
+"""Requests of any thread → rows, steps and tokens, all on one thread."""
