@@ -21,10 +21,10 @@ import pytest
 import mistral_trt.runtime.tensorrt as package
 from mistral_trt.errors import BackendError, EngineMismatchError, ManifestError, MissingDependencyError
 from mistral_trt.manifest import GRAPH_NAME, PLAN_NAME, Manifest, describe_files, read_manifest
-from mistral_trt.runtime import Engine, SamplingParams
+from mistral_trt.runtime import Engine, SamplingParams, mapped_file
 from mistral_trt.runtime.backend import Logits, RingArray, Step
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.tensorrt import api, contexts, kernel_cache, loaded, plan, refit
+from mistral_trt.runtime.tensorrt import api, contexts, kernel_cache, loaded, refit
 from mistral_trt.runtime.tensorrt import log as log_module
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches, open_tensorrt_backend
 from mistral_trt.runtime.tensorrt.buffers import StepBuffers
@@ -345,7 +345,8 @@ def test_an_engine_folder_gives_the_texts_of_its_onnx_folder(
     gpu.install(monkeypatch)
     prompts = [[1, 2, 3], list(range(20, 50)), [7], [9, 9], [5, 6, 7, 8, 9]]
     params = SamplingParams(max_tokens=30, temperature=0.8, seed=3)
-    with Engine.load(folder, cache_dir=tmp_path / "cache") as engine:
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"} if flavor == "tensorrt-rtx" else {}
+    with Engine.load(folder, **options) as engine:
         assert engine.ready
         found = [output.tokens for output in engine.generate(prompts, params)]
     with Engine.load(onnx) as engine:
@@ -575,24 +576,26 @@ def test_weights_are_hashed_whole_while_they_go_in(
     gpu: Machine, external: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[tuple[str, int]] = []
-    real = plan.require_hash
+    real = mapped_file.require_hash
 
     def note(data: memoryview, folder: Path, name: str, manifest: Manifest) -> None:
         hashed.append((name, len(data)))
         real(data, folder, name, manifest)
 
-    monkeypatch.setattr(refit, "require_hash", note)
+    for module in (refit, mapped_file):
+        monkeypatch.setattr(module, "require_hash", note)
     said: list[str] = []
     gpu.open(external, progress=lambda what, share: said.append(what)).close()
     size = (external / "model.onnx.data").stat().st_size
-    assert hashed == [(INDEX_NAME, (external / INDEX_NAME).stat().st_size), ("model.onnx.data", size)]
+    plan, index = ((name, (external / name).stat().st_size) for name in (PLAN_NAME, INDEX_NAME))
+    assert hashed == [plan, index, ("model.onnx.data", size)]
     assert said == ["loading the plan", "hashing model.onnx.data"]
 
 
 def test_large_files_are_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = plan.sha256(memoryview(bytes(range(100))))
-    monkeypatch.setattr(plan, "_HASHED_AT_ONCE", 7)
-    assert plan.sha256(memoryview(bytes(range(100)))) == whole
+    whole = mapped_file.sha256(memoryview(bytes(range(100))))
+    monkeypatch.setattr(mapped_file, "_HASHED_AT_ONCE", 7)
+    assert mapped_file.sha256(memoryview(bytes(range(100)))) == whole
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ import numpy as np
 
 from mistral_trt.errors import BackendError
 from mistral_trt.manifest import Manifest
-from mistral_trt.runtime.backend import Logits, RingArray, Step
+from mistral_trt.runtime.backend import Logits, Progress, RingArray, Step
 from mistral_trt.runtime.engine_folder import read_engine_details
 from mistral_trt.runtime.tensorrt.api import load_modules
 from mistral_trt.runtime.tensorrt.contexts import BoundContext
 from mistral_trt.runtime.tensorrt.graphs import StepGraphs
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
-from mistral_trt.runtime.tensorrt.refit import Progress
 from mistral_trt.tensorrt_names import FULL
 
 
@@ -28,6 +27,7 @@ def open_tensorrt_backend(
     folder: Path,
     manifest: Manifest,
     *,
+    plan: memoryview | None = None,
     trust_weights: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -35,10 +35,10 @@ def open_tensorrt_backend(
     trt: Any = None,
     cudart: Any = None,
 ) -> "TensorRtBackend":
-    """Load an engine folder that `check_engine_folder` has found fit for this machine.
+    """Load an engine folder that `check_machine` has found fit for this machine.
 
-    The plan's hash is compared here, over the bytes that are loaded, and those of external weights while they
-    go into the engine: the caller need not.
+    External weights are hashed while they go into the engine: the caller need not.
+    plan: the bytes of model.plan if they were compared with the manifest already; None compares them here.
     trust_weights: do not compare the weights' hashes.  cache_dir: where TensorRT-RTX keeps compiled kernels,
     None for the user's cache folder.  cuda_graphs: False runs every step without.  trt, cudart: the modules,
     imported if not given.
@@ -47,7 +47,14 @@ def open_tensorrt_backend(
     """
     trt, cudart = load_modules(read_engine_details(manifest).flavor, trt, cudart)
     engine = LoadedEngine(
-        trt, cudart, folder, manifest, cache_dir=cache_dir, trust_weights=trust_weights, progress=progress
+        trt,
+        cudart,
+        folder,
+        manifest,
+        plan=plan,
+        cache_dir=cache_dir,
+        trust_weights=trust_weights,
+        progress=progress,
     )
     return TensorRtBackend(engine, cuda_graphs=cuda_graphs)
 
