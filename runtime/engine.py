@@ -116,6 +116,7 @@ class Engine:
             threads=threads,
             provider=provider,
             trust_weights=trust_weights,
+            fixed_batch=fixed_batch,
             cache_dir=kernels,
             progress=progress,
         )
@@ -204,9 +205,7 @@ class Engine:
         allow_long: bool = False,
     ) -> list[Output]:
         """As `generate`, without blocking the event loop."""
-        return await run_batch_async(
-            lambda: self._batch(prompts, params, special_tokens, allow_long),
-        )
+        return await run_batch_async(lambda: self._batch(prompts, params, special_tokens, allow_long))
 
     def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> Session:
         """A conversation that keeps its ring between turns.

@@ -20,12 +20,14 @@ def open_artifact(
     provider: str = "auto",
     exact: bool = False,
     trust_weights: bool = False,
+    fixed_batch: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Manifest, Backend]:
     """Check an artifact and load it into the backend for its kind.
 
     threads, provider, exact: of ONNX Runtime, see `OnnxRuntimeBackend`.  cache_dir: of TensorRT-RTX.
+    fixed_batch: every decode step will be over all rows.
     trust_weights: compare sizes only, not hashes; that of an engine's plan always is.
     Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
     """
@@ -33,7 +35,13 @@ def open_artifact(
     if progress is not None:
         progress("checking the files", 0.0)
     if stage == "engine":
-        return _open_engine(folder, trust_weights=trust_weights, cache_dir=cache_dir, progress=progress)
+        return _open_engine(
+            folder,
+            trust_weights=trust_weights,
+            fixed_batch=fixed_batch,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
     manifest = read_manifest(folder, check_files=not trust_weights)
     module: Any = require("mistral_trt.runtime.onnxruntime_backend", "onnxruntime")
     if progress is not None:
@@ -62,7 +70,12 @@ def require_used(folder: Path, *, threads: int | None, provider: str, cache_dir:
 
 
 def _open_engine(
-    folder: Path, *, trust_weights: bool, cache_dir: Path | None, progress: Progress | None
+    folder: Path,
+    *,
+    trust_weights: bool,
+    fixed_batch: bool,
+    cache_dir: Path | None,
+    progress: Progress | None,
 ) -> tuple[Manifest, Backend]:
     """Files first, then TensorRT's version, then the GPU; every large file is hashed once."""
     manifest = read_manifest(folder, check_files=False)
@@ -76,6 +89,7 @@ def _open_engine(
             folder,
             manifest,
             plan=plan,
+            fixed_batch=fixed_batch,
             trust_weights=trust_weights,
             cache_dir=cache_dir,
             progress=progress,

@@ -64,7 +64,7 @@ class LoadedEngine:
             self.close()
             raise
 
-    def context_maker(self, *, cuda_graphs: bool) -> ContextMaker:
+    def context_maker(self, *, cuda_graphs: bool, eager_prefill: bool) -> ContextMaker:
         """What makes execution contexts of this engine."""
         return ContextMaker(
             self._trt,
@@ -75,6 +75,7 @@ class LoadedEngine:
             flavor=self.details.flavor,
             activations=self._activations,
             cuda_graphs=cuda_graphs,
+            eager_prefill=eager_prefill,
             cache=self.kernels.cache if self.kernels else None,
         )
 
