@@ -21,7 +21,7 @@ from mistral_trt.engines.planning.roofline import decode_ceiling, prompt_seconds
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache, Step
-from mistral_trt.runtime.engine_folder import check_engine_folder, read_engine_details
+from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine, read_engine_details
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
 from mistral_trt.validate import gates as table
@@ -96,7 +96,8 @@ class _Bfloat16Rows:
 def load(bench: Bench) -> dict[str, Any]:
     """Every check of the loader; then what the runtime does at load, up to the captured decode steps."""
     manifest = read_manifest(bench.engine, "engine")
-    check_engine_folder(bench.engine, manifest, bench.find_device)
+    check_engine_folder(bench.engine, manifest)
+    check_machine(bench.engine, manifest, bench.find_device)
     trt, cudart = bench.modules(read_engine_details(manifest).flavor)
     started = time.perf_counter()
     engine = LoadedEngine(trt, cudart, bench.engine, manifest, cache_dir=bench.engine.parent / "kernels")

@@ -1,6 +1,6 @@
 """An artifact folder → an HTTP service in OpenAI's format: completions and chats, whole or streamed.
 
-python examples/service.py build/demo/onnx-fp16 --port 8000      # pip install 'mistral-trt[service]'
+python examples/service.py build/demo/onnx-fp16 --port 8000      # pip install '.[onnxruntime,service]'
 """
 
 import argparse

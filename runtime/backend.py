@@ -13,6 +13,9 @@ Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 RingArray = npt.NDArray[Any]
 
+Progress = Callable[[str, float], None]
+"""Called with what is being done and which share of it is done, 0 to 1."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,8 +45,8 @@ class Backend(Protocol):
     def ready(self) -> bool:
         """Whether every shape that serving repeats has been run, and nothing has failed for good."""
 
-    def warm_up(self, progress: Callable[[str, float], None] | None = None) -> None:
-        """Run those shapes, before the first sequence.  progress: what is done, and which share of all."""
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Run those shapes, before the first sequence."""
 
     def run(self, step: Step) -> Logits:
         """Run one step and update the rings of its rows in place.

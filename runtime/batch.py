@@ -1,5 +1,6 @@
 """Many requests → the outputs of all, a few at a time, in the order they were asked for."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
@@ -50,7 +51,7 @@ class Batch:
         self._requests, self._make_job, self._scheduler, self._width = requests, make_job, scheduler, width
         self._collected = [[Collected(index) for index in range(r.params.n)] for r in requests]
         self._running: dict[int, Job] = {}
-        self._made: Job | None = None  # the next one, where the queue had no room for it
+        self._made: deque[Job] = deque()  # of the requests from _next on
         self._next = 0
 
     def outputs(self) -> list[Output]:
@@ -61,15 +62,25 @@ class Batch:
             for sample in samples
         ]
 
+    @property
+    def lacking(self) -> int:
+        """How many requests there is room for that are not made yet."""
+        room = min(self._width - len(self._running), len(self._requests) - self._next)
+        return max(room - len(self._made), 0)
+
+    def make(self) -> None:
+        """Make those that are lacking, which may take a while; nothing is queued, so any thread may."""
+        for _ in range(self.lacking):
+            self._made.append(self._make_job(self._requests[self._next + len(self._made)]))
+
     def feed(self, put: Put) -> bool:
-        """Queue what there is room for; False when all have ended.  put: takes (index, delivery).
+        """Queue those that are made; False when all have ended.  put: takes (index, delivery).
 
         Raises QueueFullError if others fill the queue and none of these is in flight.
         """
         self._scheduler.require_other_thread()
-        while self._next < len(self._requests) and len(self._running) < self._width:
-            index = self._next
-            job = self._made = self._made or self._make_job(self._requests[index])
+        while self._made:
+            job, index = self._made[0], self._next
             job.deliver = lambda item, index=index: put(index, item)  # type: ignore[misc]
             try:
                 self._scheduler.submit(job)
@@ -77,7 +88,7 @@ class Batch:
                 if not self._running:
                     raise
                 break
-            self._running[index], self._made = job, None
+            self._running[index] = self._made.popleft()
             self._next += 1
         return bool(self._running)
 
@@ -100,19 +111,30 @@ def run_batch(batch: Batch) -> list[Output]:
     """Wait for all of them. If one fails, the others are cancelled and its error is raised."""
     items: SimpleQueue[tuple[int, Delivery]] = SimpleQueue()
     try:
+        batch.make()
         while batch.feed(lambda index, item: items.put((index, item))):
             batch.take(*items.get())
+            batch.make()
     finally:
         batch.cancel()
     return batch.outputs()
 
 
-async def run_batch_async(batch: Batch) -> list[Output]:
-    """As `run_batch`, without blocking the event loop that runs it."""
-    buffer = LoopBuffer()
+async def run_batch_async(make_batch: Callable[[], Batch]) -> list[Output]:
+    """As `run_batch`, without blocking the event loop that runs it.
+
+    make_batch: checks what was asked. It and what makes requests run on threads of the loop's pool. Only the
+    loop queues them, so a task that is cancelled meanwhile leaves nothing in the queue.
+    """
+    import asyncio
+
+    batch, buffer = await asyncio.to_thread(make_batch), LoopBuffer()
     try:
-        while batch.feed(lambda index, item: buffer.put(item, index)):
+        while True:
+            if batch.lacking:
+                await asyncio.to_thread(batch.make)
+            if not batch.feed(lambda index, item: buffer.put(item, index)):
+                return batch.outputs()
             batch.take(*await buffer.get())
     finally:
         batch.cancel()
-    return batch.outputs()

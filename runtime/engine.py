@@ -16,12 +16,12 @@ from typing import Self
 
 from mistral_trt.errors import ArtifactError, GenerationError
 from mistral_trt.manifest import Manifest, manifest_sha256
-from mistral_trt.runtime.backend import Backend
+from mistral_trt.runtime.backend import Backend, Progress
 from mistral_trt.runtime.batch import Batch, run_batch, run_batch_async
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.history import History
 from mistral_trt.runtime.input_processor import InputProcessor
-from mistral_trt.runtime.loading import Progress, open_artifact, require_used
+from mistral_trt.runtime.loading import open_artifact, require_used
 from mistral_trt.runtime.metrics import Counters, Metrics
 from mistral_trt.runtime.request import Job, Output
 from mistral_trt.runtime.rings.parked_rings import ParkedRings
@@ -114,16 +114,19 @@ class Engine:
         "cuda", or "auto" for CUDA where it has it.  trust_weights: compare sizes only, not hashes; that of an
         engine's plan always is.  cache_dir: where TensorRT-RTX keeps what it compiles.  progress: called with
         what is being done and which share of it is.  The others: see `Engine`.
-        Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
+        Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here, or for
+        an option that what runs it would not use.
         """
         path, started = Path(folder), time.perf_counter()
-        require_used(path, threads=threads, provider=provider)
+        kernels = None if cache_dir is None else Path(cache_dir)
+        require_used(path, threads=threads, provider=provider, cache_dir=kernels)
         manifest, backend = open_artifact(
             path,
             threads=threads,
             provider=provider,
             trust_weights=trust_weights,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            fixed_batch=fixed_batch,
+            cache_dir=kernels,
             progress=progress,
         )
         try:
@@ -212,7 +215,7 @@ class Engine:
         allow_long: bool = False,
     ) -> list[Output]:
         """As `generate`, without blocking the event loop."""
-        return await run_batch_async(self._batch(prompts, params, special_tokens, allow_long))
+        return await run_batch_async(lambda: self._batch(prompts, params, special_tokens, allow_long))
 
     def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> Session:
         """A conversation that keeps its ring between turns.

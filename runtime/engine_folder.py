@@ -13,7 +13,7 @@ from typing import Any
 
 from mistral_trt.devices import VISIBLE, Device
 from mistral_trt.errors import EngineMismatchError, ManifestError
-from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command, sha256_file
+from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command
 from mistral_trt.packages import installed_version, release
 from mistral_trt.tensorrt_names import FLAVORS
 from mistral_trt.weight_index import EMBEDDED, EXTERNAL, INDEX_NAME, files_of, read_weight_index
@@ -61,23 +61,14 @@ def read_engine_details(manifest: Manifest) -> EngineDetails:
     )
 
 
-def check_engine_folder(
-    folder: Path,
-    manifest: Manifest,
-    find_device: Callable[[], Device | None],
-    *,
-    plan_hashed: bool = True,
-) -> None:
-    """Raise unless this engine may be deserialized here.
+def check_engine_folder(folder: Path, manifest: Manifest) -> None:
+    """Raise ManifestError unless this is an engine, by all that its files say without being hashed.
 
-    manifest: as `read_manifest` gave it, so names, sizes and, unless the caller trusts them, hashes hold.
-    find_device: the GPU here, None without one; called last.
-    plan_hashed: whether the plan's hash is among those; if not it is compared here, trusted weights or not.
-    Raises ManifestError for what is wrong with the folder, EngineMismatchError for what is with the machine.
+    manifest: as `read_manifest` gave it, so names and sizes hold.
     """
     try:
         details = read_engine_details(manifest)
-        _check_files(folder, manifest, details, plan_hashed)
+        _check_files(manifest, details)
     except ManifestError as error:
         repair = repair_command(folder, "engine", manifest.details)
         raise ManifestError(
@@ -85,18 +76,24 @@ def check_engine_folder(
         ) from error
     if details.weights == EXTERNAL:
         _check_weights(folder, manifest)
+
+
+def check_machine(folder: Path, manifest: Manifest, find_device: Callable[[], Device | None]) -> None:
+    """Raise EngineMismatchError unless this machine may deserialize the plan of that engine folder.
+
+    find_device: the GPU here, None without one; called last.
+    """
+    details = read_engine_details(manifest)
     _check_tensorrt(folder, details)
     _check_device(folder, manifest, details, find_device())
 
 
-def _check_files(folder: Path, manifest: Manifest, details: EngineDetails, plan_hashed: bool) -> None:
+def _check_files(manifest: Manifest, details: EngineDetails) -> None:
     needed = [PLAN_NAME, *([INDEX_NAME] if details.weights == EXTERNAL else [])]
     if missing := [name for name in needed if name not in manifest.files]:
         raise ManifestError(f"{missing[0]} is not among its files")
     if manifest.files[PLAN_NAME].bytes == 0:
         raise ManifestError(f"{PLAN_NAME} is empty")
-    if not plan_hashed and sha256_file(folder / PLAN_NAME) != manifest.files[PLAN_NAME].sha256:
-        raise ManifestError(f"{PLAN_NAME} was altered after it was made (its SHA-256 differs)")
 
 
 def _check_weights(folder: Path, manifest: Manifest) -> None:

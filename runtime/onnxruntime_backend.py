@@ -4,7 +4,7 @@ Past and present of each layer are bound to one address, so `TensorScatter` writ
 copies no ring and allocates nothing of a ring's size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import BackendError, EngineMismatchError
-from mistral_trt.runtime.backend import Logits, RingArray, Step
+from mistral_trt.runtime.backend import Logits, Progress, RingArray, Step
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 """Where the graph may run → ONNX Runtime's providers, the preferred first."""
@@ -58,7 +58,7 @@ class OnnxRuntimeBackend:
     def ready(self) -> bool:
         return self._session is not None
 
-    def warm_up(self, progress: Callable[[str, float], None] | None = None) -> None:
+    def warm_up(self, progress: Progress | None = None) -> None:
         """Nothing: ONNX Runtime prepares its kernels when it loads the graph."""
 
     def run(self, step: Step) -> Logits:

@@ -4,12 +4,14 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
 from mistral_trt.errors import BackendError, EngineClosedError, GenerationError, QueueFullError
 from mistral_trt.runtime import AsyncStream, Engine, Piece, SamplingParams
+from mistral_trt.runtime.input_processor import InputProcessor
 from tests.test_scheduler import explodes, greedy, idle, prompt, raising
 from tests.token_backend import (
     Gate,
@@ -252,3 +254,69 @@ def test_a_stream_that_is_cancelled_before_its_first_piece_says_nothing(engine: 
     reasons = asyncio.run(run())
     assert reasons[-1] == "cancelled" and len(reasons) < 1_000
     eventually(idle(engine))
+
+
+# ---------------------------------------------------------------- the loop is not held up
+
+ASK: dict[str, Callable[[Engine], Awaitable[object]]] = {
+    "agenerate": lambda engine: engine.agenerate([prompt(3)] * 20, greedy(4)),
+    "astream": lambda engine: read(engine.astream(prompt(3), greedy(4))),
+    "session": lambda engine: read(engine.session().astream(prompt(3), greedy(4))),
+}
+WORK = ["prompt_tokens", "request", "job"]
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch, work: str) -> tuple[threading.Event, threading.Event]:
+    """Checking or making a request waits until the second is set; the first says that it is under way."""
+    begun, going, real = threading.Event(), threading.Event(), getattr(InputProcessor, work)
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        begun.set()
+        assert going.wait(5), "the loop was held up"
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(InputProcessor, work, slow)
+    return begun, going
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK)
+def test_the_loop_runs_on_while_a_request_is_made(
+    engine: Engine,
+    held: tuple[threading.Event, threading.Event],
+    ask: Callable[[Engine], Awaitable[object]],
+) -> None:
+    begun, going = held
+
+    async def run() -> None:
+        task = asyncio.ensure_future(ask(engine))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        going.set()
+        await task
+
+    asyncio.run(run())
+    assert engine.metrics().generated_tokens in (4, 80)
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK)
+def test_a_task_that_is_cancelled_while_its_request_is_made_queues_nothing(
+    engine: Engine,
+    held: tuple[threading.Event, threading.Event],
+    ask: Callable[[Engine], Awaitable[object]],
+) -> None:
+    begun, going = held
+
+    async def run() -> None:
+        task = asyncio.ensure_future(ask(engine))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        going.set()
+
+    asyncio.run(run())  # which waits for the threads of its pool
+    assert engine.metrics().requests_started == 0 and idle(engine)()

@@ -5,11 +5,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import llguidance
 import mistral_common
 import numpy as np
 import pytest
@@ -293,6 +295,77 @@ def test_the_tokenizer_is_read_once_and_only_when_needed(writers: dict[str, Writ
     for _ in range(3):
         compiler.compile(regex="a")
     assert reads == [1]
+
+
+def count_compiled(patch: pytest.MonkeyPatch) -> list[str]:
+    """Every grammar that llguidance compiles from now on."""
+    compiled: list[str] = []
+    real = llguidance.LLMatcher
+
+    class Counting:
+        grammar_from_regex = staticmethod(real.grammar_from_regex)
+        grammar_from_json_schema = staticmethod(real.grammar_from_json_schema)
+
+        def __new__(cls, tokenizer: Any, grammar: str, **options: Any) -> Any:
+            compiled.append(grammar)
+            return real(tokenizer, grammar, **options)
+
+    patch.setattr(llguidance, "LLMatcher", Counting)
+    return compiled
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return count_compiled(monkeypatch)
+
+
+def test_a_grammar_is_compiled_once_and_each_text_gets_its_own(
+    writers: dict[str, Writer], built: list[str]
+) -> None:
+    text = writers["bytes"].fast.to_str()
+    ids = writers["bytes"].fast.get_vocab()
+    compiler = GrammarCompiler(lambda: text, vocab_size=300, eos_tokens=frozenset({1}))
+    one, other = compiler.compile(regex="a(b|c)"), compiler.compile(regex="a(b|c)")
+    one.accept(ids["a"])
+    assert set(np.flatnonzero(other.mask())) == {ids["a"]}
+    assert set(np.flatnonzero(compiler.compile(regex="a(b|c)").mask())) == {ids["a"]}
+    assert len(built) == 1
+    schema = {"enum": ["a(b|c)"]}
+    for asked in (schema, json.dumps(schema)):
+        assert set(np.flatnonzero(compiler.compile(json_schema=asked).mask())) == {ids['"']}
+    assert len(built) == 2
+
+
+def test_it_keeps_the_latest_grammars_and_no_more(writers: dict[str, Writer], built: list[str]) -> None:
+    text = writers["bytes"].fast.to_str()
+    compiler = GrammarCompiler(lambda: text, vocab_size=300, eos_tokens=frozenset({1}))
+    for count in range(100):
+        compiler.compile(regex=f"a{{{count + 1}}}")
+    compiler.compile(regex="a{100}")
+    assert len(built) == 100
+    compiler.compile(regex="a{1}")
+    assert len(built) == 101
+
+
+def test_one_that_is_refused_is_refused_again(writers: dict[str, Writer]) -> None:
+    for _ in range(2):
+        with pytest.raises(GenerationError, match="unclosed group"):
+            writers["bytes"].compiler.compile(regex="(")
+
+
+def test_threads_may_ask_for_one_grammar_together(writers: dict[str, Writer]) -> None:
+    text = writers["bytes"].fast.to_str()
+    ids = writers["bytes"].fast.get_vocab()
+    compiler = GrammarCompiler(lambda: text, vocab_size=300, eos_tokens=frozenset({1}))
+
+    def ask(number: int) -> bool:
+        found = compiler.compile(regex=f"a{{{number % 3 + 1}}}")
+        for _ in range(number % 3 + 1):
+            found.accept(ids["a"])
+        return found.finished
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(200)))
 
 
 def test_a_model_without_an_end_token_can_be_constrained(writers: dict[str, Writer]) -> None:

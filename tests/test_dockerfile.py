@@ -14,9 +14,12 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.metadata import Distribution, distribution
 from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mistral_trt.export.onnx_folder import export_checkpoint
 from tests.models import write_checkpoint, write_tokenizer
@@ -129,6 +132,112 @@ def test_every_extra_it_installs_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra.strip() for group in re.findall(r"\[([a-z,]+)\]\"", TEXT) for extra in group.split(",")}
     assert named == {"gpu", "service"} and named <= set(extras)
+
+
+KNOWN = {
+    *("FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE"),
+    *("HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"),
+}
+"""Instructions that this file looks at."""
+PROGRAMS = {"pip", "grep", "useradd", "install"}
+"""What RUN calls: pip is Python's, the others are in every Debian."""
+
+
+def problems(text: str) -> list[str]:
+    """What can be seen to be wrong with a Dockerfile without building it."""
+    found, declared = [], dict[int, set[str]]()
+    for one in parse(text):
+        names = declared.setdefault(one.stage, set())
+        if one.name not in KNOWN:
+            found.append(f"unknown instruction {one.name}")
+        reach = declared.get(-1, set()) if one.name == "FROM" else names
+        found += [
+            f"{name} is not declared" for name in re.findall(r"\$\{(\w+)\}", one.words) if name not in reach
+        ]
+        if one.name in ("ARG", "ENV"):
+            names |= set(re.findall(r"(\w+)=", one.words))
+        if one.name in ("CMD", "ENTRYPOINT"):
+            found += [] if isinstance(_json(one.words), list) else [f"{one.name} is no list of words"]
+        if one.name == "HEALTHCHECK":
+            options, _, command = one.words.partition("CMD ")
+            whole = re.fullmatch(r"(--(interval|timeout|start-period|retries)=\d+[smh]? *)+", options)
+            found += [] if whole and isinstance(_json(command), list) else ["HEALTHCHECK"]
+        if one.name == "RUN":
+            checked = subprocess.run(["sh", "-n", "-c", one.words], capture_output=True)
+            called = {part.split()[0] for part in re.split(r"&&|\|\|?|;", one.words)}
+            found += ["RUN is no shell command"] if checked.returncode else []
+            found += [f"RUN calls {name}" for name in sorted(called - PROGRAMS)]
+    return found
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def test_nothing_is_seen_to_be_wrong_with_it() -> None:
+    assert problems(TEXT) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("STOPSIGNAL", "STOPSIGNALS", "unknown instruction STOPSIGNALS"),
+        ("ARG TENSORRT_RTX=", "ARG TENSORRT=", "TENSORRT_RTX is not declared"),
+        ("ARG BASE=", "ARG BASIS=", "BASE is not declared"),
+        ('CMD ["/engine"', 'CMD [/engine"', "CMD is no list of words"),
+        ("--interval=10s", "--intervall=10s", "HEALTHCHECK"),
+        ("--start-period=15m", "--start-period=15 m", "HEALTHCHECK"),
+        ("RUN useradd", "RUN adduser", "RUN calls adduser"),
+        ('[gpu,service]"', "[gpu,service]", "RUN is no shell command"),
+    ],
+)
+def test_what_is_wrong_would_be_seen(right: str, wrong: str, words: str) -> None:
+    assert TEXT.count(right) >= 1
+    assert words in problems(TEXT.replace(right, wrong))
+
+
+GLIBC = {"bookworm": (2, 36), "trixie": (2, 41)}
+"""Debian release → its C library."""
+
+
+def in_the_image() -> dict[str, Distribution]:
+    """What pip puts there beside this package, as it is installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    waiting = [*project["dependencies"], *extras["gpu"], *extras["service"], "tensorrt-rtx"]
+    found: dict[str, Distribution] = {}
+    while waiting:
+        asked = Requirement(waiting.pop())
+        if asked.name not in found and (asked.marker is None or asked.marker.evaluate({"extra": ""})):
+            found[asked.name] = distribution(asked.name)
+            waiting += found[asked.name].requires or []
+    return found
+
+
+def fits(tag: str, glibc: tuple[int, int]) -> bool:
+    """Whether a wheel of that tag runs on x86-64 with that C library and what else manylinux names."""
+    platform = tag.split("-")[2]
+    newer = re.fullmatch(r"manylinux_(\d+)_(\d+)_x86_64", platform)
+    if newer:
+        return (int(newer[1]), int(newer[2])) <= glibc
+    return platform in ("any", "manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64")
+
+
+def test_every_wheel_that_it_installs_fits_the_base_image() -> None:
+    """No compiler is there, and no library but Debian's own: wheels have to bring theirs."""
+    (base,) = (words.split("=", 1)[1] for words in of("ARG", -1))
+    version, debian = re.fullmatch(r"python:([\d.]+)-slim-(\w+)", base).groups()  # type: ignore[union-attr]
+    found = in_the_image()
+    assert {"numpy", "tokenizers", "cuda-bindings", "starlette", "uvicorn", "tensorrt-rtx"} <= set(found)
+    for name, one in found.items():
+        tags = re.findall(r"^Tag: (.+)$", one.read_text("WHEEL") or "", re.MULTILINE)
+        assert any(fits(tag, GLIBC[debian]) for tag in tags), (name, tags)
+        assert version in SpecifierSet(one.metadata["Requires-Python"] or ""), name
+    assert not fits("cp311-cp311-manylinux_2_39_x86_64", GLIBC[debian])
+    assert not fits("cp311-cp311-linux_x86_64", GLIBC[debian])
 
 
 def test_the_service_is_not_run_by_root() -> None:

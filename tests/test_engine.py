@@ -29,6 +29,7 @@ from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
+from tests.test_constraint import count_compiled
 from tests.token_backend import eventually
 
 PROMPT = "naïve café 日本 🙂"
@@ -125,6 +126,17 @@ def test_constrained_text_is_what_it_must_be(engine: Engine) -> None:
     assert output.text in ("yes", "no") and output.finish_reason == "stop"
     with pytest.raises(GenerationError, match="llguidance refuses"):
         engine.stream("abc", SamplingParams(regex="("))
+
+
+def test_a_grammar_is_compiled_once_for_all_samples_and_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = count_compiled(monkeypatch)
+    params = SamplingParams(regex="[0-9]{3}-[ab]{2}", temperature=1.0, seed=1, n=3)
+    with Engine.load(folder) as engine:
+        outputs = engine.generate(["abc", "de", "f"] * 3, params)
+    assert len(compiled) == 1
+    assert len(outputs) == 27 and all(re.fullmatch("[0-9]{3}-[ab]{2}", output.text) for output in outputs)
 
 
 def test_an_abandoned_stream_gives_its_row_back(engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """The loader of engine folders: every damage is refused in one plain sentence that names a command."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,14 +18,16 @@ from mistral_trt.contract import plan_contract
 from mistral_trt.devices import Device
 from mistral_trt.errors import EngineMismatchError, ManifestError, MistralTrtError
 from mistral_trt.manifest import Manifest, content_sha256, describe_files, read_manifest, tool_versions
-from mistral_trt.runtime import Engine, loading
+from mistral_trt.runtime import Engine, SamplingParams, loading
 from mistral_trt.runtime import device as device_module
 from mistral_trt.runtime import engine_folder as engine_folder_module
 from mistral_trt.runtime.device import local_device
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.runtime.engine_folder import check_engine_folder, read_engine_details
+from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine, read_engine_details
 from mistral_trt.weight_index import RefitWeight, write_weight_index
+from tests.conftest import Folder
 from tests.models import TINY
+from tests.simulated import folder as simulated
 
 A10G = Device("NVIDIA A10G", 23028 << 20, "580.65.06", "8.6")
 CONTRACT = plan_contract(TINY, precision="fp16", prefill_chunk=4, max_batch_size=4)
@@ -129,8 +132,8 @@ def test_a_whole_engine_passes_every_check_and_is_then_loaded(folder: Path) -> N
 @pytest.mark.parametrize("external", [False, True])
 def test_the_check_itself_passes(tmp_path: Path, machine: Callable[..., None], external: bool) -> None:
     folder = write_engine(tmp_path / "engine", external=external)
-    for hashed in (True, False):
-        check_engine_folder(folder, read_manifest(folder), lambda: A10G, plan_hashed=hashed)
+    check_engine_folder(folder, read_manifest(folder))
+    check_machine(folder, read_manifest(folder), lambda: A10G)
 
 
 @pytest.mark.parametrize(
@@ -503,13 +506,13 @@ def test_an_engine_is_held_to_the_gpu_that_is_visible(
     folder = write_engine(tmp_path / "engine")
     monkeypatch.setattr(engine_folder_module, "installed_version", lambda _: "1.7.1.116")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a10g")
-    check_engine_folder(folder, read_manifest(folder), local_device)
+    check_machine(folder, read_manifest(folder), local_device)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-l4")
     with pytest.raises(EngineMismatchError, match=r"this machine has NVIDIA L4 \(8.9\)"):
-        check_engine_folder(folder, read_manifest(folder), local_device)
+        check_machine(folder, read_manifest(folder), local_device)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(EngineMismatchError, match="no NVIDIA GPU .*or CUDA_VISIBLE_DEVICES hides it"):
-        check_engine_folder(folder, read_manifest(folder), local_device)
+        check_machine(folder, read_manifest(folder), local_device)
 
 
 def test_of_different_gpus_it_is_not_guessed_which_comes_first(
@@ -521,13 +524,13 @@ def test_of_different_gpus_it_is_not_guessed_which_comes_first(
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         with pytest.raises(EngineMismatchError) as error:
-            check_engine_folder(folder, read_manifest(folder), local_device)
+            check_machine(folder, read_manifest(folder), local_device)
         assert str(error.value) == (
             f"this machine has different GPUs (NVIDIA A10G, NVIDIA L4), and {words} is not known unless "
             "CUDA_DEVICE_ORDER is PCI_BUS_ID; run: export CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    check_engine_folder(folder, read_manifest(folder), local_device)
+    check_machine(folder, read_manifest(folder), local_device)
 
 
 def test_a_driver_that_does_not_answer_is_no_gpu(two_gpus: Path) -> None:
@@ -539,3 +542,66 @@ def test_a_driver_that_does_not_answer_is_no_gpu(two_gpus: Path) -> None:
 def test_options_of_onnxruntime_are_refused_for_an_engine(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(EngineMismatchError, match="threads and provider are for ONNX folders"):
         Engine.load(folder, **options)
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_byte_is_hashed_twice(
+    onnx_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool, trusted: bool
+) -> None:
+    """Of the files that grow with the model; the manifest and the weights' index are small."""
+    monkeypatch.undo()
+    gpu = simulated.machine()
+    gpu.install(monkeypatch)
+    weights = "external" if external else "embedded"
+    folder = simulated.write_engine_folder(onnx_folder(), tmp_path / "engine", weights=weights)
+    hashed, real = [], hashlib.sha256
+
+    class Counting:
+        """A hash, whose length is noted when it is asked for."""
+
+        def __init__(self, data: bytes = b"") -> None:
+            self._hash, self._size = real(data), len(data)
+
+        def update(self, data: memoryview) -> None:
+            self._hash.update(data)
+            self._size += len(data)
+
+        def digest(self) -> bytes:
+            return self._hash.digest()
+
+        def hexdigest(self) -> str:
+            hashed.append(self._size)
+            return self._hash.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Counting)
+    with Engine.load(folder, trust_weights=trusted, cache_dir=tmp_path / "cache") as engine:
+        assert len(engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens) == 2
+    large = {"model.plan": 1, "model.onnx.data": int(external and not trusted)}
+    for name, wanted in large.items():
+        if (folder / name).exists():
+            assert hashed.count((folder / name).stat().st_size) == wanted, name
+
+
+def test_where_kernels_are_kept_is_refused_for_what_compiles_none(
+    tmp_path: Path, machine: Callable[..., None], onnx_folder: Folder
+) -> None:
+    full = write_engine(tmp_path / "full", flavor="tensorrt")
+    for folder in (full, onnx_folder()):
+        with pytest.raises(EngineMismatchError, match="cache_dir is where tensorrt-rtx keeps"):
+            Engine.load(folder, cache_dir=tmp_path)
+    assert "is whole and fits" in refusal(write_engine(tmp_path / "rtx"))
+
+
+def test_what_is_being_done_is_told_of_either_kind(
+    onnx_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    said: list[str] = []
+    Engine.load(onnx_folder(), progress=lambda what, share: said.append(what)).close()
+    assert said == ["checking the files", "loading the graph"]
+    simulated.machine().install(monkeypatch)
+    folder = simulated.write_engine_folder(onnx_folder(), tmp_path / "engine")
+    said.clear()
+    Engine.load(folder, cache_dir=tmp_path, progress=lambda what, share: said.append(what)).close()
+    assert said[:2] == ["checking the files", "loading the plan"] and "warming up 1 rows" in said

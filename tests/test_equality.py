@@ -352,8 +352,7 @@ def test_what_a_sequence_says_is_its_own(stages: Callable[..., Stage], kind: str
 def test_what_a_sequence_says_is_its_own_in_200_scenarios(
     stages: Callable[..., Stage], kind: str, fixed_batch: bool
 ) -> None:
-    most = (kind, fixed_batch) not in {("tensorrt-rtx", True), ("tensorrt", False)}
-    law(stages(kind, fixed_batch), 200 if most else 50)
+    law(stages(kind, fixed_batch), 200)
 
 
 # ---------------------------------------------------------------- the law can fail

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
@@ -96,6 +97,16 @@ def test_the_reference_runs_from_top_to_bottom(folder: Path, tmp_path: Path) -> 
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=LIMIT_S)
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stdout and not ended.stderr
+
+
+def test_the_install_lines_name_what_there_is() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = re.findall(
+        r"pip install '\.\[([\w,]+)\]'([^#\n]*)", REFERENCE + (EXAMPLES / "service.py").read_text()
+    )
+    assert len(lines) == 5 and {extra for named, _ in lines for extra in named.split(",")} <= set(extras)
+    (version,) = (rest.strip() for _, rest in lines if rest.strip())
+    assert f"\n{version.replace('-', '_')}\n" in (ROOT / "requirements.lock").read_text()
 
 
 def test_the_reference_names_everything_there_is() -> None:

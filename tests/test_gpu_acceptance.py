@@ -352,6 +352,7 @@ def test_what_needs_no_gpu_is_done_for_real(bench: Any, checkpoint: Path, tmp_pa
     assert report["verdict"] == "needs-gpu"
     built = tmp_path / "out" / "engines" / "tensorrt-rtx"
     manifest = read_manifest(built, "engine")
-    engine_folder.check_engine_folder(built, manifest, lambda: A10G, plan_hashed=False)
+    engine_folder.check_engine_folder(built, manifest)
+    engine_folder.check_machine(built, manifest, lambda: A10G)
     with pytest.raises(EngineMismatchError, match="this machine has no NVIDIA GPU"):
-        engine_folder.check_engine_folder(built, manifest, lambda: None)
+        engine_folder.check_machine(built, manifest, lambda: None)

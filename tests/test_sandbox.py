@@ -384,5 +384,5 @@ def fastest(function: Callable[[], object], times: int = 50) -> float:
 def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = chatting("{{ messages | length }}", tmp_path)
     assert ours.render_chat(MESSAGES) == "4"
-    monkeypatch.setattr("mistral_trt.runtime.text.chat.Sandbox", None)
+    monkeypatch.setattr("mistral_trt.runtime.text.sandbox.Sandbox", None)
     assert ours.render_chat(MESSAGES) == "4"

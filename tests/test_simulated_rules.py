@@ -511,6 +511,30 @@ def _(bench: Bench) -> Any:
     return [*found, settings.create_runtime_cache().deserialize(data)]
 
 
+@breaks("kernels-in-the-background", {"LAZY": [False, True], "EAGER": [True, True]})
+def _(bench: Bench) -> Any:
+    """Whether each of two steps that are alike has the logits of the kernel for its shape."""
+    vocab = bench.contract.config.vocab_size
+    bench.fill("input_ids", 3)
+    found = {}
+    for name in ("LAZY", "EAGER"):
+        settings = bench.engine.create_runtime_config()
+        strategy = getattr(bench.trt.DynamicShapesKernelSpecializationStrategy, name)
+        settings.dynamic_shapes_kernel_specialization_strategy = strategy
+        assert settings.set_runtime_cache(settings.create_runtime_cache())
+        context = bench.engine.create_execution_context(settings)
+        bench.shape(context)
+        for tensor, address in bench.addresses.items():
+            context.set_tensor_address(tensor, address)
+        logits = []
+        for _ in range(3):
+            assert bench.step(context) and bench.wait() == Error.cudaSuccess
+            logits.append(read_array(bench.addresses["logits"], (vocab,), np.float32).copy())
+        found[name] = [bool((one == logits[2]).all()) for one in logits[:2]]
+        np.testing.assert_allclose(logits[0], logits[2], rtol=2e-6)
+    return found
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_enforced(bench: Bench, rule: str) -> None:
     if EXPECTED[rule] is None:

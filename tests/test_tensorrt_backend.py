@@ -21,10 +21,10 @@ import pytest
 import mistral_trt.runtime.tensorrt as package
 from mistral_trt.errors import BackendError, EngineMismatchError, ManifestError, MissingDependencyError
 from mistral_trt.manifest import GRAPH_NAME, PLAN_NAME, Manifest, describe_files, read_manifest
-from mistral_trt.runtime import Engine, SamplingParams
+from mistral_trt.runtime import Engine, SamplingParams, mapped_file
 from mistral_trt.runtime.backend import Logits, RingArray, Step
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.runtime.tensorrt import api, contexts, kernel_cache, loaded, plan, refit
+from mistral_trt.runtime.tensorrt import api, contexts, kernel_cache, loaded, refit
 from mistral_trt.runtime.tensorrt import log as log_module
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches, open_tensorrt_backend
 from mistral_trt.runtime.tensorrt.buffers import StepBuffers
@@ -166,8 +166,8 @@ class Reference:
         self.positions = [0] * manifest.contract.max_batch_size
 
     def run(self, step: Step) -> None:
-        found: Logits = self.ours.run(step)
-        np.testing.assert_array_equal(found, self.theirs.run(step))
+        found: Logits = self.ours.run(step)  # in a general kernel their last bits are others
+        np.testing.assert_allclose(found, self.theirs.run(step), rtol=2e-6, atol=0)
 
     def prefill(self, row: int, tokens: list[int], *, all_logits: bool = False) -> None:
         """One chunk, up to the chunk's edge at most."""
@@ -345,7 +345,8 @@ def test_an_engine_folder_gives_the_texts_of_its_onnx_folder(
     gpu.install(monkeypatch)
     prompts = [[1, 2, 3], list(range(20, 50)), [7], [9, 9], [5, 6, 7, 8, 9]]
     params = SamplingParams(max_tokens=30, temperature=0.8, seed=3)
-    with Engine.load(folder, cache_dir=tmp_path / "cache") as engine:
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"} if flavor == "tensorrt-rtx" else {}
+    with Engine.load(folder, **options) as engine:
         assert engine.ready
         found = [output.tokens for output in engine.generate(prompts, params)]
     with Engine.load(onnx) as engine:
@@ -575,24 +576,26 @@ def test_weights_are_hashed_whole_while_they_go_in(
     gpu: Machine, external: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[tuple[str, int]] = []
-    real = plan.require_hash
+    real = mapped_file.require_hash
 
     def note(data: memoryview, folder: Path, name: str, manifest: Manifest) -> None:
         hashed.append((name, len(data)))
         real(data, folder, name, manifest)
 
-    monkeypatch.setattr(refit, "require_hash", note)
+    for module in (refit, mapped_file):
+        monkeypatch.setattr(module, "require_hash", note)
     said: list[str] = []
     gpu.open(external, progress=lambda what, share: said.append(what)).close()
     size = (external / "model.onnx.data").stat().st_size
-    assert hashed == [(INDEX_NAME, (external / INDEX_NAME).stat().st_size), ("model.onnx.data", size)]
+    plan, index = ((name, (external / name).stat().st_size) for name in (PLAN_NAME, INDEX_NAME))
+    assert hashed == [plan, index, ("model.onnx.data", size)]
     assert said == ["loading the plan", "hashing model.onnx.data"]
 
 
 def test_large_files_are_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = plan.sha256(memoryview(bytes(range(100))))
-    monkeypatch.setattr(plan, "_HASHED_AT_ONCE", 7)
-    assert plan.sha256(memoryview(bytes(range(100)))) == whole
+    whole = mapped_file.sha256(memoryview(bytes(range(100))))
+    monkeypatch.setattr(mapped_file, "_HASHED_AT_ONCE", 7)
+    assert mapped_file.sha256(memoryview(bytes(range(100)))) == whole
 
 
 @pytest.mark.parametrize(
@@ -1213,6 +1216,51 @@ def test_rtx_captures_decode_by_itself_and_prefill_not_at_all(onnx: Path, tmp_pa
     assert gpu.device.leaks() == {}
 
 
+def logits_of(opened: TensorRtBackend, row: int, length: int) -> Logits:
+    """After a prompt of so many tokens on a row, at the start of a text."""
+    return opened.run(prefill_step(row, list(range(length)), 0, [length - 1]))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("fixed_batch", [True, False])
+def test_a_fixed_batch_is_steady_to_the_last_bit(
+    onnx: Path, tmp_path: Path, length: int, fixed_batch: bool
+) -> None:
+    """Whatever has run before, and on whichever row; otherwise only nearly so."""
+    opened = machine().open(write_engine_folder(onnx, tmp_path / "rtx"), fixed_batch=fixed_batch)
+    first, second = logits_of(opened, 2, length), logits_of(opened, 0, length)
+    opened.close()
+    np.testing.assert_allclose(first, second, rtol=2e-6, atol=0)
+    assert bool((first == second).all()) == fixed_batch
+
+
+@pytest.mark.parametrize("fixed_batch", [True, False])
+def test_log_probabilities_of_a_fixed_batch_are_those_of_any_other_time(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed_batch: bool
+) -> None:
+    """By way of `Engine.load`: the first text of a process, and the same among others later."""
+    machine().install(monkeypatch)
+    folder, params = write_engine_folder(onnx, tmp_path / "rtx"), SamplingParams(max_tokens=3, logprobs=0)
+    prompts = [[1, 2], [4, 5, 6], [9]]
+    with Engine.load(folder, fixed_batch=fixed_batch, cache_dir=tmp_path / "cache") as engine:
+        (alone,) = engine.generate([prompts[1]], params)
+        assert (engine.generate(prompts, params)[1] == alone) == fixed_batch
+
+
+def test_a_fixed_batch_has_one_decode_step(onnx: Path, tmp_path: Path) -> None:
+    """A prompt of one token is prefill on every row, on row 0 too."""
+    for flavor, graphs in (("tensorrt", 1), ("tensorrt-rtx", 0)):
+        gpu, said = machine(flavor), list[str]()
+        opened = gpu.open(write_engine_folder(onnx, tmp_path / flavor, flavor=flavor), fixed_batch=True)
+        opened.warm_up(lambda what, share, said=said: said.append(what))  # type: ignore[misc]
+        assert said == ["warming up 4 rows", "warming up chunks of 1", "warming up chunks of 4"]
+        assert opened.ready and list(opened._decode) == [4] and len(gpu.device.instances) == graphs
+        logits_of(opened, 0, 1)
+        with pytest.raises(BackendError, match=r"expected a decode step of \[4\] rows"):
+            opened.run(decode_step([1, 2], [0, 0]))
+        opened.close()
+
+
 def test_settings_that_rtx_does_not_take_are_told(
     onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1437,7 +1485,7 @@ def captured_at_once(patch: pytest.MonkeyPatch) -> None:
 
 def one_decode_context(patch: pytest.MonkeyPatch) -> None:
     def make(self: Any) -> None:
-        maker = self._loaded.context_maker(cuda_graphs=True)
+        maker = self._loaded.context_maker(cuda_graphs=True, eager_prefill=False)
         context = maker.make("decode")
         self._decode = dict.fromkeys(decode_batches(4), context)
         self._prefill = maker.make("prefill")
@@ -1477,14 +1525,14 @@ def device_of_another_thread(patch: pytest.MonkeyPatch) -> None:
 MISTAKES: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     wrong_alias: "alias-one-memory",
     wrong_profile: "does not take input_ids as",
-    missed_wait: "Arrays are not equal",
+    missed_wait: "Not equal to tolerance",
     freed_buffer: "cudaErrorIllegalAddress",
     freed_ring: "cudaErrorIllegalAddress",
     double_capture: "capturing a decode step",
     kept_graphs: "captured-before-refit",
     unchecked_hash: "DID NOT RAISE ManifestError",
     row_too_far: "cudaErrorIllegalAddress",
-    row_too_near: "Arrays are not equal",
+    row_too_near: "Not equal to tolerance",
     row_a_slot_too_far: "cudaErrorInvalidValue",
     rings_not_zeroed: "nan location mismatch",
     captured_at_once: "capture-after-a-step",

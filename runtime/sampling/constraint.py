@@ -17,6 +17,8 @@ from mistral_trt.errors import GenerationError, require
 
 Mask = npt.NDArray[np.bool_]
 
+_KEPT_GRAMMARS = 32
+
 
 class Constraint(Protocol):
     """What a sampler asks of a constraint on one text."""
@@ -39,6 +41,7 @@ class Constraint(Protocol):
 class GrammarCompiler:
     """A tokenizer → constraints on what is written with it. Any thread may call it.
 
+    It keeps the latest grammars it compiled: samples, prompts and requests that ask for one get copies.
     tokenizer_json: gives the text of the tokenizer.json, when it is first needed.  vocab_size: V of the
     model.  eos_tokens: the model's.
     """
@@ -51,6 +54,7 @@ class GrammarCompiler:
         self._eos_tokens = eos_tokens
         self._lock = Lock()
         self._opened: tuple[Any, npt.NDArray[np.intp]] | None = None
+        self._compiled: dict[tuple[str | None, str | None], GrammarConstraint] = {}  # the oldest first
 
     def compile(
         self, *, json_schema: str | Mapping[str, Any] | None = None, regex: str | None = None
@@ -65,6 +69,18 @@ class GrammarCompiler:
         """
         if (json_schema is None) == (regex is None):
             raise GenerationError("expected either json_schema or regex")
+        schema = json.dumps(dict(json_schema)) if isinstance(json_schema, Mapping) else json_schema
+        with self._lock:
+            found = self._compiled.get((schema, regex))
+        if found is None:
+            found = self._compile(schema, regex)
+            with self._lock:
+                self._compiled[schema, regex] = found
+                if len(self._compiled) > _KEPT_GRAMMARS:
+                    del self._compiled[next(iter(self._compiled))]
+        return found.copy()
+
+    def _compile(self, json_schema: str | None, regex: str | None) -> "GrammarConstraint":
         library = require("llguidance", "constrained")
         tokenizer, barred = self._open(library)
         make = library.LLMatcher

@@ -14,13 +14,12 @@ import numpy as np
 
 from mistral_trt.errors import BackendError
 from mistral_trt.manifest import Manifest
-from mistral_trt.runtime.backend import Logits, RingArray, Step
+from mistral_trt.runtime.backend import Logits, Progress, RingArray, Step
 from mistral_trt.runtime.engine_folder import read_engine_details
 from mistral_trt.runtime.tensorrt.api import load_modules
 from mistral_trt.runtime.tensorrt.contexts import BoundContext
 from mistral_trt.runtime.tensorrt.graphs import StepGraphs
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
-from mistral_trt.runtime.tensorrt.refit import Progress
 from mistral_trt.tensorrt_names import FULL
 
 
@@ -28,6 +27,8 @@ def open_tensorrt_backend(
     folder: Path,
     manifest: Manifest,
     *,
+    plan: memoryview | None = None,
+    fixed_batch: bool = False,
     trust_weights: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -35,36 +36,47 @@ def open_tensorrt_backend(
     trt: Any = None,
     cudart: Any = None,
 ) -> "TensorRtBackend":
-    """Load an engine folder that `check_engine_folder` has found fit for this machine.
+    """Load an engine folder that `check_machine` has found fit for this machine.
 
-    The plan's hash is compared here, over the bytes that are loaded, and those of external weights while they
-    go into the engine: the caller need not.
-    trust_weights: do not compare the weights' hashes.  cache_dir: where TensorRT-RTX keeps compiled kernels,
-    None for the user's cache folder.  cuda_graphs: False runs every step without.  trt, cudart: the modules,
-    imported if not given.
+    External weights are hashed while they go into the engine: the caller need not.
+    plan: the bytes of model.plan if they were compared with the manifest already; None compares them here.
+    fixed_batch: see `TensorRtBackend`.  trust_weights: do not compare the weights' hashes.
+    cache_dir: where TensorRT-RTX keeps compiled kernels, None for the user's cache folder.
+    cuda_graphs: False runs every step without.  trt, cudart: the modules, imported if not given.
     Raises MissingDependencyError, ManifestError for an altered folder, EngineMismatchError where it does not
     fit this machine, BackendError where CUDA or TensorRT fails.
     """
     trt, cudart = load_modules(read_engine_details(manifest).flavor, trt, cudart)
     engine = LoadedEngine(
-        trt, cudart, folder, manifest, cache_dir=cache_dir, trust_weights=trust_weights, progress=progress
+        trt,
+        cudart,
+        folder,
+        manifest,
+        plan=plan,
+        cache_dir=cache_dir,
+        trust_weights=trust_weights,
+        progress=progress,
     )
-    return TensorRtBackend(engine, cuda_graphs=cuda_graphs)
+    return TensorRtBackend(engine, cuda_graphs=cuda_graphs, fixed_batch=fixed_batch)
 
 
 class TensorRtBackend:
     """A `Backend` on a GPU: the execution contexts of a loaded engine, which it closes, and captured steps.
 
+    fixed_batch: decode steps are of max_batch_size rows and no others, and every step runs in the kernels
+    that were compiled for its shape: a row's logits depend on that row alone.
     One thread calls it at a time; it need not be always the same one. Two of them may share an engine and its
     rings, one with and one without CUDA graphs, if they take turns and neither is refitted.
     """
 
-    def __init__(self, engine: LoadedEngine, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, engine: LoadedEngine, *, cuda_graphs: bool = True, fixed_batch: bool = False) -> None:
         self.contract = engine.contract
         self._loaded, self._cuda, self._rings = engine, engine.cuda, engine.rings
         self._buffers = engine.buffers
         self._graphs = StepGraphs(engine.cuda)
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs, self._fixed_batch = cuda_graphs, fixed_batch
+        rows = engine.contract.max_batch_size
+        self._batches = [rows] if fixed_batch else decode_batches(rows)
         self._decode: dict[int, BoundContext] = {}
         self._prefill: BoundContext | None = None
         self._dead: str | None = None
@@ -86,9 +98,8 @@ class TensorRtBackend:
 
         Call it before the first sequence: the rings are zero afterwards.
         """
-        batches = decode_batches(self.contract.max_batch_size)
         chunks = sorted({1, self.contract.ring.prefill_chunk})
-        calls = [(f"{batch} rows", partial(self._warm_decode, batch)) for batch in batches]
+        calls = [(f"{batch} rows", partial(self._warm_decode, batch)) for batch in self._batches]
         calls += [(f"chunks of {new}", partial(self._warm_prefill, new)) for new in chunks]
         with self._alive():
             for done, (what, call) in enumerate(calls):
@@ -103,8 +114,9 @@ class TensorRtBackend:
     def run(self, step: Step) -> Logits:
         """Run one step and update the rings of its rows in place.  Returns float32 [B, N, V], a copy.
 
-        A step of S = 1 at row 0 is a decode step, of 1, 2, 4, …, max_batch_size rows; any other is a prefill
-        of one row. Raises BackendError, fatal after a CUDA error that sticks.
+        A step of S = 1 at row 0 is a decode step, of 1, 2, 4, …, max_batch_size rows (of the last alone with
+        fixed_batch); any other is a prefill of one row.
+        Raises BackendError, fatal after a CUDA error that sticks.
         """
         with self._alive():
             batch, count = step.logits_index.shape
@@ -197,8 +209,8 @@ class TensorRtBackend:
 
     def _make_contexts(self) -> None:
         """One for each decode batch, bound for good, and one for prefill, bound anew as it is used."""
-        maker = self._loaded.context_maker(cuda_graphs=self._cuda_graphs)
-        for batch in decode_batches(self.contract.max_batch_size):
+        maker = self._loaded.context_maker(cuda_graphs=self._cuda_graphs, eager_prefill=self._fixed_batch)
+        for batch in self._batches:
             self._decode[batch] = maker.make("decode")
             self._bind(self._decode[batch], self.contract.decode_shape(batch), 0)
         self._prefill = maker.make("prefill")

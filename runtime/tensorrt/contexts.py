@@ -23,7 +23,8 @@ class ContextMaker:
     """What the contexts of one engine have in common.
 
     activations: address and bytes of the memory they share.  cuda_graphs: whether TensorRT-RTX is to capture
-    decode steps.  cache: TensorRT-RTX's runtime cache, None without one.
+    decode steps.  eager_prefill: whether it is to wait for prefill's kernels too.  cache: its runtime cache,
+    None without one.
     """
 
     trt: Any
@@ -34,6 +35,7 @@ class ContextMaker:
     flavor: str
     activations: tuple[int, int]
     cuda_graphs: bool
+    eager_prefill: bool
     cache: Any
 
     def make(self, profile: str) -> "BoundContext":
@@ -51,7 +53,8 @@ class ContextMaker:
         """Settings of a context. TensorRT-RTX compiles its kernels for the shapes it meets.
 
         Decode meets few shapes, and what was captured must not change: they are compiled at the first call.
-        Prefill meets many: a general kernel serves until one for the shape has been compiled.
+        Prefill meets many: a general kernel serves until one for the shape has been compiled in the
+        background, and then the last bits change. Where those count, prefill waits as well.
         """
         trt, runtime_config = self.trt, self.engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(
@@ -59,10 +62,11 @@ class ContextMaker:
         )
         if self.flavor == RTX:
             decode = profile == "decode"
+            waits = decode or self.eager_prefill
             kernels, graphs = trt.DynamicShapesKernelSpecializationStrategy, trt.CudaGraphStrategy
             wanted = graphs.WHOLE_GRAPH_CAPTURE if decode and self.cuda_graphs else graphs.DISABLED
             runtime_config.dynamic_shapes_kernel_specialization_strategy = (
-                kernels.EAGER if decode else kernels.LAZY
+                kernels.EAGER if waits else kernels.LAZY
             )
             runtime_config.cuda_graph_strategy = wanted
             if runtime_config.cuda_graph_strategy != wanted:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import PLAN_NAME, Manifest
+from mistral_trt.runtime.backend import Progress
 from mistral_trt.runtime.engine_folder import EngineDetails, read_engine_details
 from mistral_trt.runtime.tensorrt.buffers import StepBuffers
 from mistral_trt.runtime.tensorrt.contexts import ContextMaker
@@ -18,7 +19,7 @@ from mistral_trt.runtime.tensorrt.kernel_cache import KernelCache, cache_path
 from mistral_trt.runtime.tensorrt.log import tensorrt_log
 from mistral_trt.runtime.tensorrt.memory import demand, require_memory
 from mistral_trt.runtime.tensorrt.plan import load_plan
-from mistral_trt.runtime.tensorrt.refit import Progress, refit
+from mistral_trt.runtime.tensorrt.refit import refit
 from mistral_trt.runtime.tensorrt.rings import DeviceRings
 from mistral_trt.tensorrt_names import RTX
 
@@ -26,7 +27,7 @@ from mistral_trt.tensorrt_names import RTX
 class LoadedEngine:
     """An engine on the GPU, ready for execution contexts.
 
-    cache_dir, trust_weights, progress: see `open_tensorrt_backend`, also for what it raises.
+    plan, cache_dir, trust_weights, progress: see `open_tensorrt_backend`, also for what it raises.
     kernels: TensorRT-RTX's compiled kernels, None for full TensorRT.
     """
 
@@ -37,6 +38,7 @@ class LoadedEngine:
         folder: Path,
         manifest: Manifest,
         *,
+        plan: memoryview | None = None,
         cache_dir: Path | None = None,
         trust_weights: bool = False,
         progress: Progress | None = None,
@@ -54,7 +56,7 @@ class LoadedEngine:
             _require_capability(gpu, folder, self.details)
             self.cuda.open_stream()
             self._resources.callback(self.cuda.close_stream)
-            self._load_plan(trust_weights, progress)
+            self._load_plan(plan, trust_weights, progress)
             self._allocate()
             if self.details.flavor == RTX:
                 self._open_kernels(cache_dir, gpu)
@@ -62,7 +64,7 @@ class LoadedEngine:
             self.close()
             raise
 
-    def context_maker(self, *, cuda_graphs: bool) -> ContextMaker:
+    def context_maker(self, *, cuda_graphs: bool, eager_prefill: bool) -> ContextMaker:
         """What makes execution contexts of this engine."""
         return ContextMaker(
             self._trt,
@@ -73,6 +75,7 @@ class LoadedEngine:
             flavor=self.details.flavor,
             activations=self._activations,
             cuda_graphs=cuda_graphs,
+            eager_prefill=eager_prefill,
             cache=self.kernels.cache if self.kernels else None,
         )
 
@@ -108,10 +111,10 @@ class LoadedEngine:
         self.cuda.settle()
         self._resources.close()
 
-    def _load_plan(self, trust_weights: bool, progress: Progress | None) -> None:
+    def _load_plan(self, plan: memoryview | None, trust_weights: bool, progress: Progress | None) -> None:
         if progress is not None:
             progress("loading the plan", 0.0)
-        self._plan = load_plan(self._trt, self._log, self.folder, self.manifest)
+        self._plan = load_plan(self._trt, self._log, self.folder, self.manifest, plan=plan)
         self._resources.callback(setattr, self, "_plan", None)
         if self.details.weights == "external":
             self._fill_weights(self.folder, self.manifest, trust_weights, progress)

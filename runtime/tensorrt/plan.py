@@ -3,24 +3,21 @@
 A plan is executable code: the bytes that are deserialized are the bytes that were hashed.
 """
 
-import hashlib
-import mmap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mistral_trt.contract import GraphContract, TensorSpec
-from mistral_trt.errors import EngineMismatchError, ManifestError
+from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import PLAN_NAME, Manifest, repair_command
+from mistral_trt.runtime.mapped_file import hashed_file
 from mistral_trt.runtime.tensorrt.log import TensorRtLog
 from mistral_trt.tensorrt_names import TRT_DTYPES
 
 PROFILES = ("decode", "prefill")
 """The optimization profiles in the order of the plan."""
-
-_HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,18 @@ class Plan:
     engine: Any
 
 
-def load_plan(trt: Any, log: TensorRtLog, folder: Path, manifest: Manifest) -> Plan:
+def load_plan(
+    trt: Any, log: TensorRtLog, folder: Path, manifest: Manifest, *, plan: memoryview | None = None
+) -> Plan:
     """Hash, deserialize and check the plan.
 
+    plan: its bytes, where they were hashed already.
     Raises ManifestError if it is not the manifest's, EngineMismatchError if TensorRT does not take it or it
     is not the contract's.
     """
     log.take_errors()  # what was said of another engine
     runtime = trt.Runtime(log.logger)
-    with mapped(folder / PLAN_NAME) as data:
-        require_hash(data, folder, PLAN_NAME, manifest)
+    with hashed_file(folder, PLAN_NAME, manifest) if plan is None else nullcontext(plan) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise EngineMismatchError(
@@ -56,38 +55,6 @@ def load_plan(trt: Any, log: TensorRtLog, folder: Path, manifest: Manifest) -> P
             f"make it again with: {repair}"
         ) from error
     return Plan(runtime, engine)
-
-
-@contextmanager
-def mapped(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, read only as they are touched."""
-    with path.open("rb") as file:
-        if path.stat().st_size:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                yield view
-        else:  # which no mapping can be made of
-            yield memoryview(b"")
-
-
-def require_hash(data: memoryview, folder: Path, name: str, manifest: Manifest) -> None:
-    """Raise ManifestError unless `data` is what the manifest says of the file `name`."""
-    entry = manifest.files.get(name)
-    if entry is None or sha256(data) != entry.sha256:
-        said = "is not among the manifest's files" if entry is None else "was altered after it was made"
-        repair = repair_command(folder, "engine", manifest.details)
-        raise ManifestError(
-            f"{folder / name} {said}"
-            + (" (its SHA-256 differs from the manifest's)" if entry else "")
-            + f"; make the folder again with: {repair}"
-        )
-
-
-def sha256(data: memoryview) -> str:
-    """Hash bytes from first to last, in pieces large enough to leave other threads the interpreter."""
-    digest = hashlib.sha256()
-    for start in range(0, len(data), _HASHED_AT_ONCE):
-        digest.update(data[start : start + _HASHED_AT_ONCE])
-    return digest.hexdigest()
 
 
 def check_engine(trt: Any, engine: Any, contract: GraphContract) -> None:

@@ -15,13 +15,11 @@ import numpy as np
 
 from mistral_trt.errors import EngineMismatchError
 from mistral_trt.manifest import Manifest
+from mistral_trt.runtime.backend import Progress
+from mistral_trt.runtime.mapped_file import hashed_file, mapped, require_hash
 from mistral_trt.runtime.tensorrt.log import TensorRtLog
-from mistral_trt.runtime.tensorrt.plan import mapped, require_hash
 from mistral_trt.tensorrt_names import TRT_DTYPES
 from mistral_trt.weight_index import INDEX_NAME, RefitWeight, files_of, read_weight_index
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it is, from 0 to 1."""
 
 _LOG = logging.getLogger("mistral_trt.runtime")
 _HASH_THREADS = 4
@@ -43,9 +41,8 @@ def refit(
     Raises ManifestError for a file that is not the manifest's, EngineMismatchError where TensorRT refuses. In
     either case some weights may have been filled, so the engine must not be run.
     """
-    with mapped(folder / INDEX_NAME) as index:
-        require_hash(index, folder, INDEX_NAME, manifest)
-    weights = read_weight_index(folder)
+    with hashed_file(folder, INDEX_NAME, manifest):
+        weights = read_weight_index(folder)
     files = files_of(weights)
     if trust_weights:
         _LOG.warning("%s: the weights are trusted, so their hashes are not compared", folder)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral_trt.errors import GenerationError
-from mistral_trt.runtime.text.sandbox import Sandbox
-from mistral_trt.runtime.text.template_meter import LimitError
+
+if TYPE_CHECKING:
+    from mistral_trt.runtime.text.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 
@@ -82,6 +83,9 @@ class ChatTemplate:
             "add_generation_prompt": True,
             **self._special_tokens,
         }
+        from mistral_trt.runtime.text.sandbox import Sandbox  # here: only chats need jinja2
+        from mistral_trt.runtime.text.template_meter import LimitError
+
         try:
             if self._sandbox is None:
                 self._sandbox = Sandbox(self._source)

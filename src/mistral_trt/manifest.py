@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +184,8 @@ def describe_files(folder: Path, known: Mapping[str, str] | None = None) -> dict
 
 def tool_versions(*packages: str) -> dict[str, str]:
     """Versions of this package, of Python and of the given distributions that are installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and readers do without
+
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("mistral-trt", *packages):
         try:

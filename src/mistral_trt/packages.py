@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 
 DISTRIBUTION = "mistral-trt"
 
@@ -38,6 +37,8 @@ def wanted_packages(extras: Iterable[str]) -> list[Package]:
 
     Raises PackageNotFoundError (importlib.metadata) if the distribution is not installed.
     """
+    from importlib import metadata
+
     requirements = metadata.requires(DISTRIBUTION) or []
     found: dict[str, Package] = {}
     for extra in ["", *extras]:
@@ -48,6 +49,8 @@ def wanted_packages(extras: Iterable[str]) -> list[Package]:
 
 def installed_version(name: str) -> str | None:
     """Version of a distribution, None if it is not installed or has lost its metadata."""
+    from importlib import metadata  # here: slow to import, and only engines ask
+
     try:
         version: str | None = metadata.version(name)
     except metadata.PackageNotFoundError:

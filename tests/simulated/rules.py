@@ -249,4 +249,9 @@ RULES = {
         "rtx:IRuntimeCache.deserialize",
         "is rejected (leaving this cache unchanged) on any mismatch",
     ),
+    "kernels-in-the-background": Rule(
+        "with LAZY a shape's first steps run a general kernel, whose sums end in other bits",
+        "rtx:DynamicShapesKernelSpecializationStrategy",
+        "use a fallback kernel till compilation is complete",
+    ),
 }

@@ -260,9 +260,9 @@ class _Context:
         if not self._has_memory():
             return self._engine._error("the context has no device memory of that size")
         self._require_rules(stream, stream_handle)
-        self._compile()
+        general = self._compile()
         self._flushed = True
-        self._device.put(stream, self._work())
+        self._device.put(stream, self._work(general))
         return True
 
     def _has_memory(self) -> bool:
@@ -289,23 +289,28 @@ class _Context:
             if work.context is not None and work.context._memory == self._memory is not None:
                 raise RuleBroken("activations-in-turn", "another context's step is not done")
 
-    def _compile(self) -> None:
-        """TensorRT-RTX: kernels for shapes it has not met, and its own capture of the whole step."""
+    def _compile(self) -> bool:
+        """TensorRT-RTX: kernels for shapes it has not met, and its own capture of the whole step.
+
+        Returns whether this step has to run in a general kernel.
+        """
         trt, settings = self._engine._trt, self._settings
         if not trt._is_rtx:
-            return
+            return False
         key = f"{self._profile}:{sorted(self._shapes.items())}"
         known = settings._cache._kernels if settings._cache is not None else set()
-        if settings.dynamic_shapes_kernel_specialization_strategy.name == "EAGER" and key not in known:
+        new, eager = key not in known, settings.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+        if eager and new:
             trt._compiled.append(key)  # others are compiled beside the work, and nobody waits for them
         known.add(key)
         if settings.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE":
             now = (sorted(self._shapes.items()), sorted(self._addresses.items()))
             trt._recaptured += self._captured is not None and self._captured != now
             self._captured = now
+        return new and not eager
 
-    def _work(self) -> Work:
-        """The step as it is bound now."""
+    def _work(self, general: bool) -> Work:
+        """The step as it is bound now.  general: in a kernel whose logits differ in their last bits."""
         plan, trt = self._engine._plan, self._engine._trt
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         batch, count = shapes["logits_index"]
@@ -318,7 +323,10 @@ class _Context:
         def run() -> None:
             _require_inside(plan, shapes, addresses)
             compute(plan, self._engine._weights, shapes, addresses)
-            trt._spoil(read_array(addresses["logits"], shapes["logits"], np.float32))
+            logits = read_array(addresses["logits"], shapes["logits"], np.float32)
+            if general:
+                logits *= np.float32(1 + 2**-20)
+            trt._spoil(logits)
 
         return Work(run, tuple(ranges), self)
 
