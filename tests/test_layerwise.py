@@ -31,7 +31,7 @@ from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.segments import cut_layer, read_graph
 from mistral_trt.validate.layerwise.steps import Hidden, Recording, gather
 from mistral_trt.validate.poke import poke_probe, questions
-from mistral_trt.validate.probes import Scenario, play, scenarios
+from mistral_trt.validate.scenarios import Scenario, play, scenarios
 from mistral_trt.validate.twin import float32_twin
 from tests.conftest import BuiltGraph
 from tests.graphs import fill_weights
@@ -140,7 +140,7 @@ def opened(artifact: Artifact) -> SegmentedArtifact:
 
 
 def plans(contract: GraphContract) -> list[Scenario]:
-    return scenarios(contract, LENGTH, weights=1, seed=0)
+    return scenarios(contract, LENGTH, names=["prefill", "decode", "padded", "stepwise"], seed=0)
 
 
 def recorded(contract: GraphContract, scenario: Scenario) -> Recording:
@@ -172,8 +172,9 @@ def logits_of(
 ) -> np.ndarray:
     """[T, V], by position."""
     found = np.zeros((LENGTH, artifact.contract.config.vocab_size), np.float32)
-    for first, logits in artifact.logits(recording, ran.states[-1], ranges=ranges):
-        found[first : first + len(logits)] = logits
+    steps = artifact.logits(recording, ran.states[-1], ranges=ranges)
+    for step, logits in zip(recording.steps, steps, strict=True):
+        found[step.position_ids[0, step.logits_index[0]]] = logits[0]
     return found
 
 
@@ -280,8 +281,10 @@ def test_rows_are_the_whole_graphs_too(made: Files, name: str) -> None:
             for ours, theirs in zip(ran.rings, backend.read_row(row), strict=True):
                 np.testing.assert_array_equal(ours[row], theirs)
         found = np.zeros_like(expected)
-        for start, logits in layers.logits(recording, ran.states[-1], row=1):
-            found[start : start + len(logits)] = logits
+        for step, logits in zip(recording.steps, layers.logits(recording, ran.states[-1]), strict=True):
+            place = 1 - step.first_row
+            if 0 <= place < len(logits):
+                found[step.position_ids[place, step.logits_index[place]]] = logits[place]
     np.testing.assert_array_equal(found, expected)
     assert max(len(step.input_ids) for step in recording.steps) == 3
 
@@ -457,7 +460,7 @@ def test_a_slice_is_embedding_layer_and_head(made: Files, index: int) -> None:
     recording = recorded(artifact.contract, scenario)
     with opened(artifact) as layers:
         hidden = layers.run(index, recording, layers.embed(recording)).hidden
-        expected = np.concatenate([logits for _, logits in layers.logits(recording, hidden)])
+        expected = np.concatenate([logits[0] for logits in layers.logits(recording, hidden)])
     with layer_slice(artifact.folder, artifact.contract, index) as (path, contract):
         found = played(RollingCache(OnnxRuntimeBackend(path, contract, threads=1)), scenario)
     np.testing.assert_array_equal(found, expected)

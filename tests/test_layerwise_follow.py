@@ -24,9 +24,9 @@ from mistral_trt.validate.layerwise.follow import Followed, follow, relative_err
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.steps import Recording, gather, held_positions, scatter
-from mistral_trt.validate.probes import play, scenarios
 from mistral_trt.validate.reference import load_model
 from mistral_trt.validate.reference_layers import LayerStates
+from mistral_trt.validate.scenarios import play, scenarios
 from tests.conftest import Folder
 from tests.models import TINY
 from tests.rings import Call, calls, simulate
@@ -81,7 +81,9 @@ class Pair:
 
     def recordings(self) -> dict[str, Recording]:
         found = {}
-        for scenario in scenarios(self.contract, LENGTH, weights=1, seed=0):
+        for scenario in scenarios(
+            self.contract, LENGTH, names=["prefill", "decode", "padded", "stepwise"], seed=0
+        ):
             found[scenario.name] = recording = Recording(self.contract)
             for _ in play(RollingCache(recording), scenario, tokens=TOKENS):
                 pass

@@ -447,6 +447,7 @@ def test_an_overconfident_artifact_fails_by_its_perplexity(
     result = compare(*int8_reader, tmp_path / "report", length=1100)
     assert {gate.name for gate in result.failed} == {"perplexity_ratio", "kl_mean"}
     assert result.quality.perplexity.ratio > 1.5
+    assert result.quality.greedy is not None
     assert result.quality.greedy.diverged is None
 
 

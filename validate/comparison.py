@@ -122,9 +122,10 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
     left = table.undecided(limits, measured)
     return Report(
         contract=contract,
-        artifact=describe_artifact(subject) | describe_engine(subject, polygraphy),
+        artifact=describe_artifact(subject.folder, subject.manifest)
+        | describe_engine(subject.engine, polygraphy),
         reference=describe_reference(trial.source, contract, streaming=job.streaming),
-        executed=describe_execution(subject),
+        executed=describe_execution(contract, subject.engine),
         tokens=trial.tokens,
         probes=tuple(probes(contract, length)),
         scenarios=found.scenarios,
@@ -143,7 +144,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
             *describe_limits(contract, length),
             *describe_undecided(left),
         ),
-        run=describe_run(job, started=started, seconds=time.monotonic() - clock, predicted_seconds=expected),
+        run=describe_run(job.command, job.seed, started=started, seconds=time.monotonic() - clock)
+        | {"budget": job.budget.name, "streaming": job.streaming, "predicted_seconds": round(expected)},
     )
 
 

@@ -10,19 +10,16 @@ from typing import Any
 
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.manifest import manifest_sha256, tool_versions
+from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
 from mistral_trt.validate.gates import Undecided
-from mistral_trt.validate.job import Job
 from mistral_trt.validate.poke import late_edge
 from mistral_trt.validate.polygraphy_run import PolygraphyResult
-from mistral_trt.validate.subject import Subject
+from mistral_trt.validate.subject import Engine
 
 _TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
-def describe_artifact(subject: Subject) -> dict[str, Any]:
-    """The ONNX folder; an engine made of it is described beside it."""
-    folder, manifest = subject.folder, subject.manifest
+def describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "name": manifest.details.get("name", folder.name),
         "folder": str(folder),
@@ -36,9 +33,8 @@ def describe_artifact(subject: Subject) -> dict[str, Any]:
     }
 
 
-def describe_engine(subject: Subject, polygraphy: Sequence[PolygraphyResult]) -> dict[str, Any]:
-    """`engine`: None, or the engine that was named, whether it was run, its audit and Polygraphy's verdicts."""
-    engine = subject.engine
+def describe_engine(engine: Engine | None, polygraphy: Sequence[PolygraphyResult]) -> dict[str, Any]:
+    """`engine`: None, or the engine that was named, where it ran, its audit and Polygraphy's verdicts."""
     if engine is None:
         return {"engine": None}
     details, device = engine.manifest.details, engine.device
@@ -53,7 +49,9 @@ def describe_engine(subject: Subject, polygraphy: Sequence[PolygraphyResult]) ->
     }
 
 
-def describe_reference(source: Checkpoint, contract: GraphContract, *, streaming: bool) -> dict[str, Any]:
+def describe_reference(
+    source: Checkpoint, contract: GraphContract, *, streaming: bool = False
+) -> dict[str, Any]:
     merged = f", adapters merged by {'our reader' if streaming else 'peft'}" if source.adapters else ""
     how = "one layer in memory at a time" if streaming else "MistralForCausalLM whole in memory"
     return {
@@ -66,23 +64,23 @@ def describe_reference(source: Checkpoint, contract: GraphContract, *, streaming
     }
 
 
-def describe_execution(subject: Subject) -> str:
+def describe_execution(contract: GraphContract, engine: Engine | None = None) -> str:
     """What ran and what did not, in words for the report."""
-    if subject.engine is not None and subject.engine.device is not None:
+    if engine is not None and engine.device is not None:
         return (
-            f"The engine ran in TensorRT on {subject.engine.device.name}. Its layers were followed in the ONNX "
+            f"The engine ran in TensorRT on {engine.device.name}. Its layers were followed in the ONNX "
             "graph it was built from, in ONNX Runtime on the CPU."
         )
-    return f"{_graph_ran(subject.contract)} {_engine_did_not(subject)}"
+    return f"{_graph_ran(contract)} {_engine_did_not(engine)}"
 
 
-def _engine_did_not(subject: Subject) -> str:
-    if subject.engine is None:
+def _engine_did_not(engine: Engine | None) -> str:
+    if engine is None:
         return "No TensorRT engine was executed: that takes the GPU it was built for."
-    details = subject.engine.manifest.details
+    details = engine.manifest.details
     gpus = ", ".join(details.get("gpus", []))
     return (
-        f"The engine {subject.engine.folder.name} ({gpus}, {details.get('flavor')}) was audited when it was "
+        f"The engine {engine.folder.name} ({gpus}, {details.get('flavor')}) was audited when it was "
         "built but not executed: this machine has no GPU. What ran is the graph it was built from."
     )
 
@@ -147,13 +145,10 @@ def describe_undecided(left: Sequence[Undecided]) -> list[str]:
     return [f"Not gated ({why}): {'; '.join(titles)}." for why, titles in reasons.items()]
 
 
-def describe_run(job: Job, *, started: datetime, seconds: float, predicted_seconds: float) -> dict[str, Any]:
+def describe_run(command: str, seed: int, *, started: datetime, seconds: float) -> dict[str, Any]:
     return {
-        "command": job.command,
-        "budget": job.budget.name,
-        "streaming": job.streaming,
-        "seed": job.seed,
-        "predicted_seconds": round(predicted_seconds),
+        "command": command,
+        "seed": seed,
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "machine": {

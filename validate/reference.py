@@ -207,9 +207,12 @@ def require_memory(source: Checkpoint, length: int, *, streaming: bool = False) 
     """Raise ValidationError if the reference over `length` tokens would not fit in memory."""
     needed, present = predict_memory(source, length, streaming=streaming), available_memory_bytes()
     if needed.total_bytes > present:
-        remedy = (
-            "a smaller --length" if needed.weights_bytes < 0.9 * present else "a machine with more memory"
+        fits_in_layers = (
+            not streaming and predict_memory(source, length, streaming=True).total_bytes < present
         )
+        remedy = "--streaming, which holds one layer at a time" if fits_in_layers else "a smaller --length"
+        if needed.weights_bytes > 0.9 * present and not fits_in_layers:
+            remedy = "a machine with more memory"
         raise ValidationError(
             f"the float32 reference of {source.folder} needs {needed.weights_bytes / 1e9:.1f} GB for weights "
             f"and {needed.work_bytes / 1e9:.1f} GB for {length} tokens (predicted), "

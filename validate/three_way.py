@@ -1,4 +1,4 @@
-"""The float32 reference, the same in the artifact's own precision, and the artifact: what is held against what.
+"""The reference, the same in the artifact's own precision, and the artifact: what is held against what.
 
 So that rounding, which the second shows as well, is not blamed on the graph.
 """
@@ -12,7 +12,7 @@ from mistral_trt.progress import track
 from mistral_trt.validate.artifact_run import Played
 from mistral_trt.validate.findings import OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
-from mistral_trt.validate.own_precision import own_precision_layers
+from mistral_trt.validate.own_precision import Rounding, own_precision_layers
 from mistral_trt.validate.quality import READING
 from mistral_trt.validate.reference import Reference, run_layers
 from mistral_trt.validate.reference_decoder import HuggingFaceLayers, LayerSource
@@ -52,15 +52,21 @@ def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
 
 def in_own_precision(trial: Trial, source: LayerSource) -> Own:
     """Run the reference's layers with the artifact's rounding.  source: of the float32 layers."""
-    widened = trial.contract.precision == "bf16" and not trial.subject.runs_engine
     layers = own_precision_layers(
         source,
         precision=trial.contract.precision,
-        widened=widened,
+        rounding=rounding_of(trial),
         alter=trial.fake_quantization(),
     )
     with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
         return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)
+
+
+def rounding_of(trial: Trial) -> Rounding:
+    """What is rounded where the artifact is run."""
+    if trial.subject.runs_engine:
+        return "all"
+    return "parameters" if trial.contract.cache_dtype == "bfloat16" else "attention"
 
 
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:

@@ -1,7 +1,7 @@
 """Both sides whole in memory, one after the other → findings.
 
 The artifact is opened twice, for its continuation and for the rest, with the reference loaded between: the
-two are never in memory together. The layers are followed beside the reference, one of the artifact's at a time.
+two are never in memory together. One at a time, the artifact's layers are followed beside the reference's.
 """
 
 from collections.abc import Callable, Iterator

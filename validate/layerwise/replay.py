@@ -1,4 +1,4 @@
-"""Logits that were computed step by step → a backend that gives them again to whoever asks for the same steps.
+"""Logits that were computed step by step → a backend that gives them again for the same steps.
 
 The driver that was recorded is run once more over it: how it puts the logits of its calls together, and what
 it refuses, is then the same as over a whole artifact.
@@ -33,7 +33,7 @@ def replay(
 
 
 class Replay:
-    """A backend over a recording.  logits: of each of its steps [B, N, V], in order, taken as they are needed."""
+    """A backend over a recording.  logits: of each step [B, N, V], in order, taken as they are needed."""
 
     def __init__(self, recording: Recording, logits: Iterator[Logits]) -> None:
         self.contract = recording.contract

@@ -79,7 +79,7 @@ def evaluate_artifact(job: Job) -> Evaluation:
 
     Raises ValidationError and others where it could not run; that the sides differ is no error.
     """
-    require_used(job.folder, threads=job.threads, provider="auto")
+    require_used(job.folder, threads=job.threads, provider="auto", cache_dir=None)
     require_apart(job.out, job.folder)
     require_apart(job.out, job.reference)
     started, clock = datetime.now(UTC), time.monotonic()
