@@ -160,8 +160,10 @@ def test_linears_are_replaced_and_what_replaces_them_is_not_cast(
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
-            scale = linear.weight.float().abs().amax(dim=1, keepdim=True) / 3
-            self.weight = nn.Parameter((linear.weight.float() / scale).round() * scale)
+            assert linear.weight.dtype == torch.float32
+            assert not torch.equal(linear.weight, linear.weight.half().float()), "not rounded before"
+            scale = linear.weight.abs().amax(dim=1, keepdim=True) / 3
+            self.weight = nn.Parameter((linear.weight / scale).round() * scale)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             assert self.weight.dtype == torch.float32

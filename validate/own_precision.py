@@ -54,8 +54,8 @@ def own_precision_layers(
 ) -> HuggingFaceLayers:
     """The layers of a float32 source in the precision of an artifact.
 
-    alter: what the precision does to the linears beyond the dtype. It is given a copy of the layer, its
-    parameters rounded, and may alter it; what it puts in is not cast, and gives back its input's dtype.
+    alter: what the precision does to the linears beyond the dtype. It is given a copy of the layer in float32
+    and may alter it; what it puts in is not cast, and gives back its input's dtype.
     Raises ValueError for fp32, whose own precision is the reference itself.
     """
     if precision == "fp32":
@@ -85,15 +85,22 @@ class _Rounded:
         return self._source.embed(ids).to(self._base).to(self.activations)
 
     def layer(self, index: int) -> nn.Module:
-        layer: Any = self._cast(self._source.layer(index))
+        layer: Any = copy.deepcopy(self._source.layer(index))
         layer.self_attn.config = self.config
-        if self._rounding == "attention":
-            layer.self_attn.to(self._base).o_proj.float()
+        own = set(layer.modules())
         layer = layer if self._alter is None else self._alter(layer, index)
+        for name, module in layer.named_modules():
+            if module in own and not list(module.children()):
+                module.to(self._base).to(self._computes_in(name))
         if self._rounding == "attention":
             layer.self_attn.o_proj = _Widened(layer.self_attn.o_proj)
             layer.self_attn.register_forward_pre_hook(self._narrow, with_kwargs=True)
         return _SummedInFloat32(layer)
+
+    def _computes_in(self, name: str) -> torch.dtype:
+        """The dtype of a layer's submodule, its parameters once rounded."""
+        narrow = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        return self._base if self._rounding == "attention" and name in narrow else self.activations
 
     def norm(self) -> nn.Module:
         return self._cast(self._source.norm())
