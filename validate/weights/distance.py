@@ -15,7 +15,7 @@ ARITHMETIC = 1e-3
 """Steps that float32 arithmetic may add to the distance of a code."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 64  # fits a core's cache
 
 
 @dataclass(frozen=True)
