@@ -56,8 +56,8 @@ class Changes:
 
 
 def compare_records(before: Record, after: Record) -> Changes:
-    facts = {name: (before.facts.get(name), after.facts.get(name)) for name in before.facts | after.facts}
-    gates = {name: (before.gates.get(name), after.gates.get(name)) for name in before.gates | after.gates}
+    facts = {name: (before.facts.get(name), after.facts.get(name)) for name in [*before.facts, *after.facts]}
+    gates = {name: (before.gates.get(name), after.gates.get(name)) for name in [*before.gates, *after.gates]}
     layers = {
         layer: (before.layers[layer], after.layers[layer]) for layer in before.layers if layer in after.layers
     }

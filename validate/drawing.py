@@ -82,7 +82,7 @@ def mark_limit(panel: Axes, limit: float | None) -> None:
 
 def on_scale(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Values as a log axis can show them: NaN and infinity at its top, zero at its foot."""
-    return np.clip(np.nan_to_num(values, nan=limits[1]), *limits)
+    return np.asarray(np.clip(np.nan_to_num(values, nan=limits[1]), *limits))
 
 
 def power_of_ten(value: float, _: object) -> str:
