@@ -43,9 +43,10 @@ def test_the_worst_update_is_the_mean_of_its_layer_with_its_worst_position() -> 
     layers = findings(1e-3, 2e-3, 1e-3)
     layers.layers[1].update[13] = 0.022  # mean 0.003
     layers.layers[0].update[4] = 0.023  # a single position of a better layer
-    assert measured(layers)["layer_update_error_max"] == Measured(
-        pytest.approx(3e-3), "layer 1 (position 13)", 20
-    )
+    found = measured(layers)["layer_update_error_max"]
+    assert found is not None
+    assert (found.where, found.positions) == ("layer 1 (position 13)", 20)
+    assert found.value == pytest.approx(3e-3)
 
 
 @pytest.mark.parametrize(("what", "index"), [("keys", 0), ("values", 2)])
@@ -111,9 +112,12 @@ def test_the_own_precision_is_measured_on_the_artifact() -> None:
     read = errors(60, 1e-3)
     own = own_precision(read, 0.25)
     found = measure_parts(layers=None, own=replace(own, reference=errors(60, 9.0)), weights=None, ring=RING)
-    assert found["own_kl_mean"] == Measured(pytest.approx(0.25 * np.mean(read.kl)), "", 60)
-    assert found["own_relative_error_mean"] == Measured(pytest.approx(0.25 * np.mean(read.relative)), "", 60)
-    assert found["own_top1_agreement"] == Measured(np.mean(read.agree), "", 60)
+    expected = {"own_kl_mean": 0.25 * read.kl, "own_relative_error_mean": 0.25 * read.relative}
+    for name, values in (expected | {"own_top1_agreement": read.agree}).items():
+        value = found[name]
+        assert value is not None
+        assert value.positions == 60
+        assert value.value == pytest.approx(np.mean(values))
 
 
 @pytest.mark.parametrize(
