@@ -17,7 +17,7 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.quantization.calibration import SEARCHED_TOKENS
 from mistral_trt.export.quantization.layers import batches, first_tokens
 from mistral_trt.export.quantization.scheme import KINDS, Scheme, quiet_modelopt
-from mistral_trt.validate.reference import load_model
+from mistral_trt.validate.reference.hugging_face import load_model
 
 NOISE = 1e-7
 _NEGLIGIBLE = 2.0**-24

@@ -36,7 +36,7 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.quantization.scheme import Scheme, scheme_for
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.validate.reference import Reference
+from mistral_trt.validate.reference.hugging_face import Reference
 
 TARGETS = ("kl=0.0125", "kl=0.0115", "kl=0.01")
 """Of --quality, on the calibration text: tried in turn until one meets the bound on the evaluation text.

@@ -14,16 +14,16 @@ from mistral_trt.validate.findings import (
     WeightFindings,
     WorstCase,
 )
-from mistral_trt.validate.gates import ScenarioResult, judge, measure, read_gates, undecided
-from mistral_trt.validate.greedy import Divergence, GreedyAgreement
-from mistral_trt.validate.metrics import LogitErrors
-from mistral_trt.validate.parts import measure_parts
-from mistral_trt.validate.poke import Poke, PokeResult, Question
-from mistral_trt.validate.probes import probes
-from mistral_trt.validate.quality import measure_quality, reading
-from mistral_trt.validate.report import Report
-from mistral_trt.validate.scenarios import scenarios
-from mistral_trt.validate.tokens import random_tokens
+from mistral_trt.validate.report.report import Report
+from mistral_trt.validate.scenarios.greedy import Divergence, GreedyAgreement
+from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
+from mistral_trt.validate.scenarios.probes import probes
+from mistral_trt.validate.scenarios.scenario import scenarios
+from mistral_trt.validate.scenarios.tokens import random_tokens
+from mistral_trt.validate.verdict.gates import ScenarioResult, judge, measure, read_gates, undecided
+from mistral_trt.validate.verdict.metrics import LogitErrors
+from mistral_trt.validate.verdict.parts import measure_parts
+from mistral_trt.validate.verdict.quality import measure_quality, reading
 from tests.models import TINY
 
 LENGTH = 60

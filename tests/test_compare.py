@@ -10,10 +10,10 @@ import pytest
 
 from mistral_trt.cli import main
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.compare import compare_records, describe, printable
-from mistral_trt.validate.record import to_json
-from mistral_trt.validate.record_reader import Record, read_record
-from mistral_trt.validate.report import JSON_NAME
+from mistral_trt.validate.report.compare import compare_records, describe, printable
+from mistral_trt.validate.report.record import to_json
+from mistral_trt.validate.report.record_reader import Record, read_record
+from mistral_trt.validate.report.report import JSON_NAME
 from tests.reports import full_report, layer_findings, report
 
 Write = Callable[[dict[str, Any]], Path]

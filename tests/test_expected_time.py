@@ -12,8 +12,8 @@ from mistral_trt.validate.expected_time import (
     predict_seconds,
     scenario_work,
 )
-from mistral_trt.validate.poke import questions
-from mistral_trt.validate.scenarios import Call, Scenario, Together, scenarios
+from mistral_trt.validate.scenarios.poke import questions
+from mistral_trt.validate.scenarios.scenario import Call, Scenario, Together, scenarios
 from tests.test_probes import contract
 
 SPEED = Speed(flops_per_s=1e11, bytes_per_s=1e10)

@@ -8,7 +8,9 @@ import pytest
 
 from mistral_trt.contract import CACHE_DTYPES, QUANTIZED
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.gates import (
+from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
+from mistral_trt.validate.scenarios.scenario import Scenario
+from mistral_trt.validate.verdict.gates import (
     TITLES,
     Gate,
     Measured,
@@ -18,9 +20,7 @@ from mistral_trt.validate.gates import (
     read_gates,
     undecided,
 )
-from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
-from mistral_trt.validate.poke import Poke, PokeResult, Question
-from mistral_trt.validate.scenarios import Scenario
+from mistral_trt.validate.verdict.metrics import LogitErrors, concatenate, logit_errors
 
 
 def errors(size: int, **columns: float) -> LogitErrors:

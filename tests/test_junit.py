@@ -3,9 +3,9 @@
 from dataclasses import replace
 from xml.etree import ElementTree
 
-from mistral_trt.validate.gates import TITLES
-from mistral_trt.validate.junit import render_junit
-from mistral_trt.validate.report import Report
+from mistral_trt.validate.report.junit import render_junit
+from mistral_trt.validate.report.report import Report
+from mistral_trt.validate.verdict.gates import TITLES
 from tests.reports import full_report, layer_findings, report
 
 

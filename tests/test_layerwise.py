@@ -30,8 +30,8 @@ from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.segments import cut_layer, read_graph
 from mistral_trt.validate.layerwise.steps import Hidden, Recording, gather
-from mistral_trt.validate.poke import poke_probe, questions
-from mistral_trt.validate.scenarios import Scenario, play, scenarios
+from mistral_trt.validate.scenarios.poke import poke_probe, questions
+from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
 from mistral_trt.validate.twin import float32_twin
 from tests.conftest import BuiltGraph
 from tests.graphs import fill_weights

@@ -24,9 +24,9 @@ from mistral_trt.validate.layerwise.follow import Followed, follow, relative_err
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.steps import Recording, gather, held_positions, scatter
-from mistral_trt.validate.reference import load_model
-from mistral_trt.validate.reference_layers import LayerStates
-from mistral_trt.validate.scenarios import play, scenarios
+from mistral_trt.validate.reference.hugging_face import load_model
+from mistral_trt.validate.reference.layers import LayerStates
+from mistral_trt.validate.scenarios.scenario import play, scenarios
 from tests.conftest import Folder
 from tests.models import TINY
 from tests.rings import Call, calls, simulate

@@ -15,9 +15,9 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.own_precision import Alter, Rounding, WideProducts, own_precision_layers
-from mistral_trt.validate.reference import load_model, quiet_transformers, run_layers
-from mistral_trt.validate.reference_decoder import LayerSource, WholeModel, eager_stream, whole_layers
+from mistral_trt.validate.reference.decoder import LayerSource, WholeModel, eager_stream, whole_layers
+from mistral_trt.validate.reference.hugging_face import load_model, quiet_transformers, run_layers
+from mistral_trt.validate.reference.own_precision import Alter, Rounding, WideProducts, own_precision_layers
 from mistral_trt.validate.twin import float32_twin
 from tests.conftest import Folder
 

@@ -8,8 +8,8 @@ import pytest
 
 from mistral_trt.contract import Ring
 from mistral_trt.validate.findings import ActivationRange, LayerErrors, LayerFindings, WeightFindings
-from mistral_trt.validate.gates import Measured, judge, read_gates
-from mistral_trt.validate.parts import Offender, first_offender, measure_parts, place_of
+from mistral_trt.validate.verdict.gates import Measured, judge, read_gates
+from mistral_trt.validate.verdict.parts import Offender, first_offender, measure_parts, place_of
 from tests.reports import errors, own_precision
 
 RING = Ring(8, 4)

@@ -11,7 +11,7 @@ from mistral_trt.contract import Ring
 from mistral_trt.errors import NonFiniteLogitsError
 from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.validate.poke import (
+from mistral_trt.validate.scenarios.poke import (
     FLOAT16_KEY_GARBAGE,
     Poke,
     PokeResult,

@@ -1,7 +1,7 @@
 """The positions where a ring would break."""
 
 from mistral_trt.contract import GraphContract, Ring
-from mistral_trt.validate.probes import probes, wraps
+from mistral_trt.validate.scenarios.probes import probes, wraps
 from tests.models import TINY
 
 CONFIG = TINY

@@ -36,7 +36,7 @@ from mistral_trt.export.quantization.store import CalibrationStore
 from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import Engine, open_cache
-from mistral_trt.validate.scenarios import Name, play, scenarios
+from mistral_trt.validate.scenarios.scenario import Name, play, scenarios
 from tests import test_stored_codes as stored
 from tests.checkpoints import SINGLE, altered
 from tests.conftest import BuiltGraph, Folder

@@ -15,9 +15,9 @@ from mistral_trt.export.conversion import Weight
 from mistral_trt.export.synth import named_config
 from mistral_trt.export.tensor_files import StoredTensor
 from mistral_trt.manifest import read_manifest
-from mistral_trt.validate import reference
-from mistral_trt.validate.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
-from mistral_trt.validate.reference import (
+from mistral_trt.validate.reference import hugging_face as reference
+from mistral_trt.validate.reference.decoder import queries_at_once
+from mistral_trt.validate.reference.hugging_face import (
     Reference,
     load_model,
     predict_memory,
@@ -25,7 +25,7 @@ from mistral_trt.validate.reference import (
     require_same_checkpoint,
     run_reference,
 )
-from mistral_trt.validate.reference_decoder import queries_at_once
+from mistral_trt.validate.reference.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 from tests.conftest import Folder
 from tests.models import write_checkpoint
 

@@ -15,9 +15,7 @@ from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
 from mistral_trt.export.quantization.layers import LayerStream
-from mistral_trt.validate.oracle import oracle_logits, read_weights, rms_norm, rotate
-from mistral_trt.validate.reference import load_model, run_layers
-from mistral_trt.validate.reference_decoder import (
+from mistral_trt.validate.reference.decoder import (
     HuggingFaceLayers,
     LayerSource,
     WholeModel,
@@ -25,6 +23,8 @@ from mistral_trt.validate.reference_decoder import (
     streamed_layers,
     whole_layers,
 )
+from mistral_trt.validate.reference.hugging_face import load_model, run_layers
+from mistral_trt.validate.reference.oracle import oracle_logits, read_weights, rms_norm, rotate
 from tests.checkpoints import mistral_format
 from tests.conftest import Folder
 from tests.test_lora import train

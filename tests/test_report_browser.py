@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_trt.validate.page import render_html
+from mistral_trt.validate.report.page import render_html
 from tests.browser import CHROMIUM, Browser, open_browser
 from tests.reports import full_report, layer_findings
 

@@ -9,8 +9,8 @@ import pytest
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest
 from mistral_trt.validate.provenance import describe_artifact, describe_reference
-from mistral_trt.validate.record import to_json
-from mistral_trt.validate.report import FORMAT_VERSION
+from mistral_trt.validate.report.record import to_json
+from mistral_trt.validate.report.report import FORMAT_VERSION
 from tests.models import write_checkpoint
 from tests.reports import CONTRACT, full_report, layer_findings, report
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.validate.probes import probes, wraps
-from mistral_trt.validate.scenarios import Call, Name, Scenario, Together, play, scenarios
+from mistral_trt.validate.scenarios.probes import probes, wraps
+from mistral_trt.validate.scenarios.scenario import Call, Name, Scenario, Together, play, scenarios
 from tests.conftest import Folder
 from tests.test_probes import CONFIG, contract
 

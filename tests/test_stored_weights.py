@@ -27,9 +27,9 @@ from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.validate.fake_quantization import fake_quantized, fake_quantized_head
 from mistral_trt.validate.findings import WeightFindings
-from mistral_trt.validate.stored_weights import compare_weights
+from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
+from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.distance import spacing
 from mistral_trt.validate.weights.graph import nibbles
 from mistral_trt.validate.weights.linear import norm_of, readers_of

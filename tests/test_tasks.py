@@ -27,7 +27,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.reference import load_model, run_reference
+from mistral_trt.validate.reference.hugging_face import load_model, run_reference
 from mistral_trt.validate.tasks import evaluation
 from mistral_trt.validate.tasks.__main__ import evaluate
 from mistral_trt.validate.tasks.agreement import Outcome, agreement

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.validate.tokenizer_check import compare_tokenizers
+from mistral_trt.validate.weights.tokenizer import compare_tokenizers
 from tests.models import write_checkpoint, write_tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n" * 3

@@ -7,7 +7,7 @@ import pytest
 
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
-from mistral_trt.validate.tokens import TEXT, random_tokens, text_tokens
+from mistral_trt.validate.scenarios.tokens import TEXT, random_tokens, text_tokens
 from tests.models import write_tokenizer
 
 

@@ -14,7 +14,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.reference import load_model, run_reference
+from mistral_trt.validate.reference.hugging_face import load_model, run_reference
 from mistral_trt.validate.twin import NARROW, float32_twin, widen
 from tests.conftest import Folder
 from tests.graphs import weights_of

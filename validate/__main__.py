@@ -10,7 +10,7 @@ from mistral_trt.progress import note, quiet
 from mistral_trt.validate.budget import DEFAULT, FULL, QUICK
 from mistral_trt.validate.comparison import validate_artifact
 from mistral_trt.validate.job import Job
-from mistral_trt.validate.report import HTML_NAME
+from mistral_trt.validate.report.report import HTML_NAME
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

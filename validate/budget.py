@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mistral_trt.contract import POSITION_ACCURATE_LIMIT, GraphContract
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.scenarios import Name
+from mistral_trt.validate.scenarios.scenario import Name
 
 _STEPWISE_WORK = 2e10
 """Weights times positions up to which every budget decodes step by step: some seconds."""

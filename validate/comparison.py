@@ -12,7 +12,6 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.text.tokenizer import Tokenizer
-from mistral_trt.validate import gates as table
 from mistral_trt.validate.budget import FULL, check_length
 from mistral_trt.validate.expected_time import (
     Work,
@@ -23,12 +22,8 @@ from mistral_trt.validate.expected_time import (
     scenario_work,
 )
 from mistral_trt.validate.findings import WeightFindings
-from mistral_trt.validate.gates import Gate
 from mistral_trt.validate.job import Job
-from mistral_trt.validate.parts import measure_parts
-from mistral_trt.validate.poke import questions
 from mistral_trt.validate.polygraphy_run import ENGINE, LAYERS, PolygraphyResult, run_polygraphy
-from mistral_trt.validate.probes import probes
 from mistral_trt.validate.provenance import (
     describe_artifact,
     describe_engine,
@@ -39,17 +34,22 @@ from mistral_trt.validate.provenance import (
     describe_run,
     describe_undecided,
 )
-from mistral_trt.validate.quality import measure_quality
-from mistral_trt.validate.reference import require_memory, require_same_checkpoint
-from mistral_trt.validate.report import JSON_NAME, Report
-from mistral_trt.validate.report_folder import write_report
-from mistral_trt.validate.scenarios import Scenario, scenarios
-from mistral_trt.validate.stored_weights import compare_weights
+from mistral_trt.validate.reference.hugging_face import require_memory, require_same_checkpoint
+from mistral_trt.validate.report.folder import write_report
+from mistral_trt.validate.report.report import JSON_NAME, Report
+from mistral_trt.validate.scenarios.poke import questions
+from mistral_trt.validate.scenarios.probes import probes
+from mistral_trt.validate.scenarios.scenario import Scenario, scenarios
+from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, text_tokens
 from mistral_trt.validate.streaming import compare_streaming
 from mistral_trt.validate.subject import Subject, open_subject
-from mistral_trt.validate.tokenizer_check import compare_tokenizers
-from mistral_trt.validate.tokens import TEXT, Tokens, random_tokens, text_tokens
 from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.verdict import gates as table
+from mistral_trt.validate.verdict.gates import Gate
+from mistral_trt.validate.verdict.parts import measure_parts
+from mistral_trt.validate.verdict.quality import measure_quality
+from mistral_trt.validate.weights.compare import compare_weights
+from mistral_trt.validate.weights.tokenizer import compare_tokenizers
 from mistral_trt.validate.whole import compare_whole
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.validate.poke import Question, pokes
-from mistral_trt.validate.scenarios import Call, Scenario
+from mistral_trt.validate.scenarios.poke import Question, pokes
+from mistral_trt.validate.scenarios.scenario import Call, Scenario
 
 _COMPARED_PER_S = 6e7
 """Logits that are compared in a second on one core: some fifteen passes of float64 over each."""

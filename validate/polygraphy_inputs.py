@@ -15,8 +15,8 @@ from mistral_trt.runtime.cache import RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.budget import DEFAULT
-from mistral_trt.validate.poke import late_edge
-from mistral_trt.validate.tokens import TEXT, Tokens, random_tokens, text_tokens
+from mistral_trt.validate.scenarios.poke import late_edge
+from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, text_tokens
 
 Feed = dict[str, np.ndarray]
 

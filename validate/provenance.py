@@ -11,10 +11,10 @@ from typing import Any
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest, manifest_sha256, tool_versions
-from mistral_trt.validate.gates import Undecided
-from mistral_trt.validate.poke import late_edge
 from mistral_trt.validate.polygraphy_run import PolygraphyResult
+from mistral_trt.validate.scenarios.poke import late_edge
 from mistral_trt.validate.subject import Engine
+from mistral_trt.validate.verdict.gates import Undecided
 
 _TOOLS = ("torch", "transformers", "onnxruntime", "onnx", "onnx-ir", "numpy")
 

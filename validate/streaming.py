@@ -15,11 +15,11 @@ from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record, replay
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.steps import Recording
-from mistral_trt.validate.poke import PokeResult
-from mistral_trt.validate.quality import READING
-from mistral_trt.validate.reference_decoder import HuggingFaceLayers, eager_stream, streamed_layers
+from mistral_trt.validate.reference.decoder import HuggingFaceLayers, eager_stream, streamed_layers
+from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
 from mistral_trt.validate.trial import Findings, Trial
+from mistral_trt.validate.verdict.quality import READING
 from mistral_trt.validate.worst_cases import worst_cases
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.validate.fake_quantization import fake_quantized
 from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WorstCase
-from mistral_trt.validate.gates import ScenarioResult
-from mistral_trt.validate.greedy import GreedyAgreement
 from mistral_trt.validate.job import Job
-from mistral_trt.validate.own_precision import Alter
-from mistral_trt.validate.poke import PokeResult
-from mistral_trt.validate.quality import READING
-from mistral_trt.validate.scenarios import Scenario
+from mistral_trt.validate.reference.fake_quantization import fake_quantized
+from mistral_trt.validate.reference.own_precision import Alter
+from mistral_trt.validate.scenarios.greedy import GreedyAgreement
+from mistral_trt.validate.scenarios.poke import PokeResult
+from mistral_trt.validate.scenarios.scenario import Scenario
+from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.subject import Subject
-from mistral_trt.validate.tokens import Tokens
+from mistral_trt.validate.verdict.gates import ScenarioResult
+from mistral_trt.validate.verdict.quality import READING
 
 
 @dataclass(frozen=True)

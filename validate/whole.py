@@ -18,13 +18,13 @@ from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate.artifact_run import in_words, run_greedy, run_pokes, run_scenario
 from mistral_trt.validate.findings import LayerFindings
-from mistral_trt.validate.greedy import GreedyAgreement, greedy_agreement, split
 from mistral_trt.validate.layerwise.follow import follow
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
-from mistral_trt.validate.reference import load_model, run_reference
-from mistral_trt.validate.reference_decoder import HuggingFaceLayers, WholeModel, whole_layers
+from mistral_trt.validate.reference.decoder import HuggingFaceLayers, WholeModel, whole_layers
+from mistral_trt.validate.reference.hugging_face import load_model, run_reference
+from mistral_trt.validate.scenarios.greedy import GreedyAgreement, greedy_agreement, split
 from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
 from mistral_trt.validate.trial import Findings, Trial
 from mistral_trt.validate.twin import float32_twin

@@ -18,7 +18,7 @@ COMMANDS = {
     "build": ("mistral_trt.engines.__main__", "build", "ONNX folder → TensorRT engine folder for a GPU"),
     "refit": ("mistral_trt.engines.__main__", "refit", "engine folder → the same for another fine-tune"),
     "validate": ("mistral_trt.validate.__main__", "validate", "artifact and checkpoint → numeric report"),
-    "compare": ("mistral_trt.validate.compare", "compare", "two reports → what changed between them"),
+    "compare": ("mistral_trt.validate.report.compare", "compare", "two reports → what changed between them"),
     "eval": (
         "mistral_trt.validate.tasks.__main__",
         "evaluate",

@@ -23,7 +23,7 @@ from mistral_trt.validate.layerwise.steps import (
     held_positions,
     scatter,
 )
-from mistral_trt.validate.reference_layers import LayerStates, ReferenceLayers
+from mistral_trt.validate.reference.layers import LayerStates, ReferenceLayers
 
 Errors = npt.NDArray[np.float64]
 

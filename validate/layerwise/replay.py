@@ -14,7 +14,7 @@ from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.backend import Logits, RingArray, Step
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.validate.layerwise.steps import Recording
-from mistral_trt.validate.scenarios import Compared, Scenario, play
+from mistral_trt.validate.scenarios.scenario import Compared, Scenario, play
 
 
 def record(contract: GraphContract, scenario: Scenario, *, tokens: Sequence[int]) -> Recording:

@@ -24,7 +24,7 @@ from mistral_trt.runtime.loading import require_used
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.provenance import describe_run
-from mistral_trt.validate.reference import load_model, require_memory, require_same_checkpoint
+from mistral_trt.validate.reference.hugging_face import load_model, require_memory, require_same_checkpoint
 from mistral_trt.validate.tasks.agreement import Outcome
 from mistral_trt.validate.tasks.answers import Answer, Question, ask, questions
 from mistral_trt.validate.tasks.items import Task

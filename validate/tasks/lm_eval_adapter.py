@@ -23,7 +23,7 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
 from mistral_trt.progress import track
 from mistral_trt.runtime.text.tokenizer import Tokenizer
-from mistral_trt.validate.reference import load_model, require_same_checkpoint
+from mistral_trt.validate.reference.hugging_face import load_model, require_same_checkpoint
 from mistral_trt.validate.tasks.evaluation import opened
 from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Side
 

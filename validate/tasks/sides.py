@@ -15,7 +15,7 @@ from transformers import DynamicCache, MistralForCausalLM
 
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.validate.reference import Reference, run_reference
+from mistral_trt.validate.reference.hugging_face import Reference, run_reference
 
 Ended = Callable[[Sequence[int]], bool]
 """Whether a completion is over, from its tokens so far (at least one)."""

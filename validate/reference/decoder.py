@@ -20,7 +20,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.quantization.layers import LayerStream
-from mistral_trt.validate.reference_layers import Array, LayerStates
+from mistral_trt.validate.reference.layers import Array, LayerStates
 
 SCORE_BYTES = 1 << 28
 """Of one block's scores, [H, q, T] in float32: the demo model's 2,312 positions are one block."""

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.validate.figures import figure
 from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WeightFindings, WorstCase
-from mistral_trt.validate.gates import GateResult, ScenarioResult, Undecided
-from mistral_trt.validate.parts import Offender, first_offender
-from mistral_trt.validate.poke import PokeResult
-from mistral_trt.validate.probes import Probe
-from mistral_trt.validate.quality import Quality
-from mistral_trt.validate.tokens import Tokens
+from mistral_trt.validate.report.figures import figure
+from mistral_trt.validate.scenarios.poke import PokeResult
+from mistral_trt.validate.scenarios.probes import Probe
+from mistral_trt.validate.scenarios.tokens import Tokens
+from mistral_trt.validate.verdict.gates import GateResult, ScenarioResult, Undecided
+from mistral_trt.validate.verdict.parts import Offender, first_offender
+from mistral_trt.validate.verdict.quality import Quality
 
 FORMAT_VERSION = 3
 JSON_NAME, HTML_NAME, JUNIT_NAME = "report.json", "report.html", "junit.xml"

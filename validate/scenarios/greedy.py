@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.validate.reference import Reference
+from mistral_trt.validate.reference.hugging_face import Reference
 
 _PROMPT_TOKENS = 64
 _GENERATED_TOKENS = 64

@@ -25,7 +25,7 @@ from mistral_trt.export.conversion import pieces
 from mistral_trt.export.lora import Adapter
 from mistral_trt.manifest import Manifest
 from mistral_trt.progress import Advance
-from mistral_trt.validate.reference_decoder import (
+from mistral_trt.validate.reference.decoder import (
     HuggingFaceLayers,
     head_logits,
     queries_at_once,

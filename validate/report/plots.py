@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.export.quantization.scheme import KINDS
-from mistral_trt.validate.drawing import (
+from mistral_trt.validate.report.drawing import (
     BAD,
     DATA,
     MARK,
@@ -26,8 +26,8 @@ from mistral_trt.validate.drawing import (
     panels,
     to_svg,
 )
-from mistral_trt.validate.gates import ScenarioResult
-from mistral_trt.validate.probes import Probe
+from mistral_trt.validate.scenarios.probes import Probe
+from mistral_trt.validate.verdict.gates import ScenarioResult
 
 _MOST_TURNS, _FIRST_TURNS = 40, 5
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mistral_trt.contract import Ring
-from mistral_trt.validate.drawing import (
+from mistral_trt.validate.findings import FLOAT16_MAX, ActivationRange, LayerErrors
+from mistral_trt.validate.report.drawing import (
     BAD,
     DATA,
     INK,
@@ -25,9 +26,8 @@ from mistral_trt.validate.drawing import (
     power_of_ten,
     to_svg,
 )
-from mistral_trt.validate.figures import figure as in_words
-from mistral_trt.validate.findings import FLOAT16_MAX, ActivationRange, LayerErrors
-from mistral_trt.validate.parts import Offender, largest_of
+from mistral_trt.validate.report.figures import figure as in_words
+from mistral_trt.validate.verdict.parts import Offender, largest_of
 
 _ROW_INCHES = 0.24
 _FIGURES_DECADES = 300.0

@@ -13,7 +13,7 @@ import numpy as np
 
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.runtime.cache import Logits, RollingCache
-from mistral_trt.validate.probes import probes, wraps
+from mistral_trt.validate.scenarios.probes import probes, wraps
 
 Name = Literal["prefill", "decode", "padded", "rows", "stepwise"]
 Kind = Literal["context", "prefill", "decode", "padded"]

@@ -7,9 +7,9 @@ import re
 from datetime import datetime
 from xml.etree import ElementTree
 
-from mistral_trt.validate.figures import figure
-from mistral_trt.validate.gates import Gate, GateResult, Undecided
-from mistral_trt.validate.report import Report
+from mistral_trt.validate.report.figures import figure
+from mistral_trt.validate.report.report import Report
+from mistral_trt.validate.verdict.gates import Gate, GateResult, Undecided
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no way to write, not even escaped."""

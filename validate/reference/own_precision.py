@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MistralConfig
 
 from mistral_trt.contract import CACHE_DTYPES
-from mistral_trt.validate.reference_decoder import SCORE_BYTES, HuggingFaceLayers, LayerSource
+from mistral_trt.validate.reference.decoder import SCORE_BYTES, HuggingFaceLayers, LayerSource
 
 Alter = Callable[[nn.Module, int], nn.Module]
 """A decoder layer and its index → the layer with its linears replaced (fake quantization)."""

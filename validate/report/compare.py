@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mistral_trt.validate.figures import figure
-from mistral_trt.validate.gates import TITLES
-from mistral_trt.validate.record_reader import GateRecord, Record, read_record
+from mistral_trt.validate.report.figures import figure
+from mistral_trt.validate.report.record_reader import GateRecord, Record, read_record
+from mistral_trt.validate.verdict.gates import TITLES
 
 _LAYER_FACTOR = 2.0
 _MARKS = {"pass": "✓", "fail": "✗", "not decided": "–"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.report import FORMAT_VERSION, JSON_NAME
+from mistral_trt.validate.report.report import FORMAT_VERSION, JSON_NAME
 
 _SETTINGS = ("precision", "sliding_window", "prefill_chunk", "ring_capacity", "max_batch_size", "max_context")
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from mistral_trt.artifact import write_file
-from mistral_trt.validate.junit import render_junit
-from mistral_trt.validate.page import render_html
-from mistral_trt.validate.record import to_json
-from mistral_trt.validate.report import HTML_NAME, JSON_NAME, JUNIT_NAME, Report
+from mistral_trt.validate.report.junit import render_junit
+from mistral_trt.validate.report.page import render_html
+from mistral_trt.validate.report.record import to_json
+from mistral_trt.validate.report.report import HTML_NAME, JSON_NAME, JUNIT_NAME, Report
 
 
 def write_report(report: Report, folder: Path) -> None:

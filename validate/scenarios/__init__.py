@@ -1,0 +1,1 @@
+"""Ring geometry → what both sides are asked, call by call."""

@@ -1,0 +1,1 @@
+"""What was measured → numbers with names, and gates that hold or do not."""
