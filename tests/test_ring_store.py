@@ -18,6 +18,7 @@ from mistral_trt.runtime import Engine, Session
 from mistral_trt.runtime.backend import RingArray
 from mistral_trt.runtime.rings import ring_folder as ring_folder_module
 from mistral_trt.runtime.rings.parked_rings import ParkedRings
+from mistral_trt.runtime.rings.ring_file import read_ring
 from tests.test_scheduler import NAME, greedy, idle, prompt
 from tests.test_session import moving, occupy, turn
 from tests.token_backend import TokenBackend, eventually, expected, token_contract, token_engine, tokens_of
@@ -35,7 +36,7 @@ class LiveRings:
 
     def __init__(self, backend: TokenBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         self._rings: list[weakref.ref[RingArray]] = []
-        read_row, read_ring = backend.read_row, ring_folder_module.read_ring
+        read_row = backend.read_row
 
         def from_row(row: int) -> tuple[RingArray, ...]:
             rings = read_row(row)
@@ -99,7 +100,7 @@ def test_a_second_ring_to_be_written_holds_no_running_stream_up(
 ) -> None:
     """Two idle sessions' rows are wanted while the disk takes nothing: who wants them waits in the queue."""
     backend = TokenBackend(token_contract(3))
-    disk, live = Disk(monkeypatch), LiveRings(backend, monkeypatch)
+    live, disk = LiveRings(backend, monkeypatch), Disk(monkeypatch)
     with token_engine(backend, session_memory_bytes=SIZE, session_dir=tmp_path) as engine:
         sessions = [engine.session() for _ in range(2)]
         running = engine.stream(prompt(3), greedy(1_000_000))
@@ -153,7 +154,7 @@ def test_a_turn_whose_ring_is_read_keeps_its_place_and_others_go_on(
 def test_a_turn_goes_on_from_memory_while_its_ring_is_written(
     backend: TokenBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, live = Disk(monkeypatch), LiveRings(backend, monkeypatch)
+    live, disk = LiveRings(backend, monkeypatch), Disk(monkeypatch)
     with token_engine(backend, session_memory_bytes=0, session_dir=tmp_path) as engine:
         session = engine.session()
         turn(session, prompt(5), 2)
@@ -170,7 +171,7 @@ def test_a_fork_waits_for_room_and_no_stream_for_the_fork(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = TokenBackend(token_contract(3))
-    disk, live = Disk(monkeypatch), LiveRings(backend, monkeypatch)
+    live, disk = LiveRings(backend, monkeypatch), Disk(monkeypatch)
     with token_engine(backend, session_memory_bytes=SIZE, session_dir=tmp_path) as engine:
         parked, session = engine.session(), engine.session()
         turn(parked, prompt(4), 2)
@@ -315,7 +316,7 @@ def test_these_bounds_see_rings_that_are_not_counted(
         return sum(ring.snapshot is not self._writing for ring in self._in_memory)
 
     monkeypatch.setattr(ParkedRings, "_held", wrong)
-    disk, live = Disk(monkeypatch), LiveRings(backend, monkeypatch)
+    live, disk = LiveRings(backend, monkeypatch), Disk(monkeypatch)
     with token_engine(backend, session_memory_bytes=SIZE, session_dir=tmp_path) as engine:
         sessions = crowd(engine, 2)
         list(engine.stream(prompt(4), greedy(3, n=2)))

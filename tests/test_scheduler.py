@@ -140,7 +140,7 @@ def test_what_is_the_schedulers_threads_own_is_touched_by_no_other(
         engine.restore_session(tmp_path / "saved").close()
         engine.stream(prompt(3), greedy(100)).close()
         engine.generate([prompt(3)] * 3, greedy(3, n=2))
-    assert len(threads) > 3 and set().union(*threads.values()) == {NAME}
+    assert len(threads) >= 3 and set().union(*threads.values()) == {NAME}
 
 
 def test_an_idle_engine_sleeps(engine: Engine) -> None:
