@@ -172,8 +172,8 @@ def stored_weights(trial: Trial) -> WeightFindings:
     if tokenizer is None or not tokenizer.differ:
         return found
     words = (
-        f"{tokenizer.differ:,} of {tokenizer.tokens:,} tokens of the text are not the checkpoint's, the first "
-        f"{tokenizer.where}"
+        f"{tokenizer.differ:,} of {tokenizer.tokens:,} tokens of the text are not the checkpoint's, the "
+        f"first {tokenizer.where}"
     )
     return replace(found, wrong={**found.wrong, "tokenizer.json": words})
 
