@@ -25,12 +25,12 @@ from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
 from mistral_trt.validate.comparison import Job, run_scenario, runnable
+from mistral_trt.validate.metrics import concatenate, logit_errors
 from mistral_trt.validate.polygraphy_inputs import input_tokens
 from mistral_trt.validate.reference.hugging_face import load_model, require_memory, run_reference
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.probes import Scenario, Tokens, play, scenarios
 from mistral_trt.validate.verdict import gates as table
-from mistral_trt.validate.verdict.metrics import concatenate, logit_errors
 
 WARM_STEPS, TIMED_STEPS, TIMED_PROMPTS = 10, 50, 3
 

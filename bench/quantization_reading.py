@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
+from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors, mean, perplexity
 from mistral_trt.validate.reference.hugging_face import Reference, run_reference
-from mistral_trt.validate.verdict.metrics import LogitErrors, concatenate, logit_errors, mean, perplexity
 
 EXACT = ("session.disable_quant_qdq", "1")
 """ONNX Runtime's own kernels round the activations of int4 and int8-weight-only linears to INT8, which no GPU

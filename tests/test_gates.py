@@ -8,6 +8,7 @@ import pytest
 
 from mistral_trt.contract import CACHE_DTYPES, QUANTIZED
 from mistral_trt.errors import ValidationError
+from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
 from mistral_trt.validate.scenarios.scenario import Scenario
 from mistral_trt.validate.verdict.gates import (
@@ -20,7 +21,6 @@ from mistral_trt.validate.verdict.gates import (
     read_gates,
     undecided,
 )
-from mistral_trt.validate.verdict.metrics import LogitErrors, concatenate, logit_errors
 
 
 def errors(size: int, **columns: float) -> LogitErrors:

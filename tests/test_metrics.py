@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral_trt.validate.verdict import metrics
-from mistral_trt.validate.verdict.metrics import (
+from mistral_trt.validate import metrics
+from mistral_trt.validate.metrics import (
     LogitErrors,
     concatenate,
     logit_errors,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_trt.validate.verdict.metrics import LogitErrors
+from mistral_trt.validate.metrics import LogitErrors
 
 FLOAT16_MAX = 65504.0
 FLOAT16_SMALLEST_NORMAL = 2.0**-14

@@ -11,13 +11,13 @@ import numpy as np
 from mistral_trt.progress import track
 from mistral_trt.validate.artifact_run import Played
 from mistral_trt.validate.findings import OwnPrecision
+from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, LayerSource
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
 from mistral_trt.validate.reference.own_precision import Rounding, own_precision_layers
 from mistral_trt.validate.scenarios.scenario import Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.trial import Trial
-from mistral_trt.validate.verdict.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.verdict.quality import READING
 
 _AT_ONCE = 256

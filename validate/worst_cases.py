@@ -7,8 +7,8 @@ import numpy as np
 
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.findings import Choice, WorstCase
+from mistral_trt.validate.metrics import LogitErrors
 from mistral_trt.validate.trial import Trial
-from mistral_trt.validate.verdict.metrics import LogitErrors
 
 KEPT = 10
 _CONTEXT_TOKENS = 12

@@ -9,9 +9,9 @@ from typing import Any
 
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.errors import ValidationError
+from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.scenario import Scenario
-from mistral_trt.validate.verdict.metrics import LogitErrors, mean, perplexity, worst
 
 TABLE = Path(__file__).with_name("gates.toml")
 

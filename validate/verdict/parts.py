@@ -17,8 +17,8 @@ from mistral_trt.validate.findings import (
     OwnPrecision,
     WeightFindings,
 )
+from mistral_trt.validate.metrics import mean
 from mistral_trt.validate.verdict.gates import Measured
-from mistral_trt.validate.verdict.metrics import mean
 
 _JUMP = 5.0
 """A layer stands out above this many times the median layer: healthy layers are within a factor of two."""

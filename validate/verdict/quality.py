@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.validate.findings import OwnPrecision
+from mistral_trt.validate.metrics import LogitErrors, Perplexity, concatenate, mean, perplexity
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.verdict.gates import ScenarioResult
-from mistral_trt.validate.verdict.metrics import LogitErrors, Perplexity, concatenate, mean, perplexity
 
 READING = "prefill"
 """The scenario that is read for quality: every position once, in whole chunks."""
