@@ -24,12 +24,15 @@ from mistral_trt.runtime.cache import RollingCache, Step
 from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine, read_engine_details
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
-from mistral_trt.validate.comparison import Job, run_scenario, runnable
+from mistral_trt.validate.artifact_run import run_scenario
+from mistral_trt.validate.budget import DEFAULT
 from mistral_trt.validate.metrics import concatenate, logit_errors
+from mistral_trt.validate.opening import openable
 from mistral_trt.validate.polygraphy_inputs import input_tokens
 from mistral_trt.validate.reference.hugging_face import load_model, require_memory, run_reference
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
-from mistral_trt.validate.scenarios.probes import Scenario, Tokens, play, scenarios
+from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
+from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.verdict import gates as table
 
 WARM_STEPS, TIMED_STEPS, TIMED_PROMPTS = 10, 50, 3
@@ -72,7 +75,8 @@ class Bench:
     def plans(self, tokens: Tokens) -> list[Scenario]:
         """What is played: token by token from end to end too, where ONNX Runtime is not too slow for it."""
         weights = self.manifest.details["predicted"]["weights_bytes"] // 2
-        return scenarios(self.manifest.contract, len(tokens.ids), weights=weights, seed=0)
+        names = DEFAULT.scenarios(length=len(tokens.ids), weights=weights)
+        return scenarios(self.manifest.contract, len(tokens.ids), names=names, seed=0)
 
     def close(self) -> None:
         if self.backend is not None:
@@ -118,8 +122,8 @@ def against_onnxruntime(bench: Bench) -> dict[str, Any]:
     """Engine and ONNX graph side by side, and the poke probe, which is exact."""
     contract, tokens = bench.manifest.contract, bench.tokens()
     plans = bench.plans(tokens)
-    job = Job(bench.onnx, bench.model, bench.onnx.parent, None, None, 0, None)
-    with runnable(job, read_manifest(bench.onnx, "onnx", check_files=False)) as open_graph:
+    manifest = read_manifest(bench.onnx, "onnx", check_files=False)
+    with openable(bench.onnx, manifest, threads=None) as open_graph:
         graph = open_graph()
         results = [side_by_side(graph, bench.cache(), plan, tokens) for plan in plans]
     asked = questions(contract, len(tokens.ids))
@@ -136,7 +140,8 @@ def against_pytorch(bench: Bench) -> dict[str, Any]:
     reference = run_reference(model, tokens.ids)
     del model
     results = [
-        run_scenario(bench.cache(), plan, tokens=tokens, reference=reference) for plan in bench.plans(tokens)
+        run_scenario(bench.cache(), plan, tokens=tokens, references=[reference]).results[0]
+        for plan in bench.plans(tokens)
     ]
     return judged(contract.precision, results, [])
 
@@ -147,9 +152,9 @@ def side_by_side(
     """Play a scenario on both and compare call by call."""
     found = []
     calls = zip(play(graph, plan, tokens=tokens.ids), play(engine, plan, tokens=tokens.ids), strict=True)
-    for (start, expected), (_, logits) in calls:
-        targets = tokens.targets[start : start + len(logits)]
-        found.append(logit_errors(expected, logits, targets=targets))
+    for (positions, expected), (_, logits) in calls:
+        targets = tokens.targets[positions]
+        found.append(logit_errors(expected, logits, positions=positions, targets=targets))
     return table.ScenarioResult(plan, concatenate(found), None)
 
 
@@ -157,7 +162,7 @@ def judged(
     precision: str, results: Sequence[table.ScenarioResult], pokes: Sequence[PokeResult]
 ) -> dict[str, Any]:
     """The gates of `mistral-trt validate`, held against what was found; without pokes, theirs left out."""
-    measured = table.measure(results, pokes)
+    measured = dict.fromkeys(table.TITLES) | table.measure(results, pokes)
     gates = [g for g in table.read_gates(precision) if pokes or not g.metric.endswith(("_seen", "_unseen"))]
     verdicts = table.judge(gates, measured)
     failed = [f"{v.title}: {v.measured.value:.3g} at {v.measured.where}" for v in verdicts if not v.passed]

@@ -78,9 +78,10 @@ def compare(
     for reference, pieces, ids in zip(expected, found, texts, strict=True):
         targets, start = np.array([*ids[1:], -1]), 0
         for piece in pieces:
-            rows = slice(start, start + len(piece))
-            parts.append(logit_errors(reference.logits(rows.start, rows.stop), piece, targets=targets[rows]))
-            start = rows.stop
+            positions = np.arange(start, start + len(piece))
+            expected_logits, wanted = reference.at(positions), targets[positions]
+            parts.append(logit_errors(expected_logits, piece, positions=positions, targets=wanted))
+            start += len(piece)
     return concatenate(parts)
 
 

@@ -28,6 +28,7 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import Logits, RollingCache, Step
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from mistral_trt.validate import opening as opening_module
 from mistral_trt.validate import whole
 from mistral_trt.validate.__main__ import validate
 from mistral_trt.validate.artifact_run import in_words
@@ -478,7 +479,7 @@ def test_reference_and_artifact_are_never_in_memory_together(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(whole, "open_cache", opening)
+    monkeypatch.setattr(opening_module, "open_cache", opening)
     monkeypatch.setattr(whole, "load_model", loading)
     assert compare(onnx_folder(), tiny_checkpoint(), tmp_path / "report", length=30).passed
     assert events == [("artifact", 0, 0), ("reference", 0, 0), ("artifact", 0, 0)]

@@ -39,6 +39,12 @@ class Subject:
         return self.folder
 
     @property
+    def executed_manifest(self) -> Manifest:
+        if self.engine is not None and self.engine.device is not None:
+            return self.engine.manifest
+        return self.manifest
+
+    @property
     def runs_engine(self) -> bool:
         return self.executed is not self.folder
 

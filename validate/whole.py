@@ -4,39 +4,30 @@ The artifact is opened twice, for its continuation and for the rest, with the re
 two are never in memory together. One at a time, the artifact's layers are followed beside the reference's.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-
 import numpy as np
 
 from mistral_trt.errors import MistralTrtError
-from mistral_trt.manifest import GRAPH_NAME
 from mistral_trt.progress import note, track
-from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.engine import open_cache
-from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate.artifact_run import in_words, run_greedy, run_pokes, run_scenario
 from mistral_trt.validate.findings import LayerFindings
 from mistral_trt.validate.layerwise.follow import follow
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
+from mistral_trt.validate.opening import openable
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, WholeModel, whole_layers
 from mistral_trt.validate.reference.hugging_face import load_model, run_reference
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement, greedy_agreement, split
 from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
 from mistral_trt.validate.trial import Findings, Trial
-from mistral_trt.validate.twin import float32_twin
 from mistral_trt.validate.worst_cases import worst_cases
-
-Opener = Callable[[], RollingCache]
 
 
 def compare_whole(trial: Trial) -> Findings:
     """Greedy continuation, reference, layers, scenarios and poke probe, in this order."""
     tokens = trial.tokens
-    with openable(trial) as open_artifact:
+    subject = trial.subject
+    with openable(subject.executed, subject.executed_manifest, threads=trial.job.threads) as open_artifact:
         generated, stopped = run_greedy(open_artifact(), tokens)
         references, greedy, layers, broken = run_references(trial, generated)
         cache = open_artifact()
@@ -56,21 +47,6 @@ def compare_whole(trial: Trial) -> Findings:
         failures={place: why for place, why in failures.items() if why is not None},
         notes=(),
     )
-
-
-@contextmanager
-def openable(trial: Trial) -> Iterator[Opener]:
-    """What opens what is run: the engine on its GPU, the graph, or the graph's float32 twin where a CPU
-    cannot run bfloat16; anew each time."""
-    job, folder = trial.job, trial.subject.executed
-    if trial.subject.runs_engine:
-        yield partial(open_cache, folder, trust_weights=True)
-    elif trial.contract.cache_dtype != "bfloat16":
-        yield partial(open_cache, folder, threads=job.threads, trust_weights=True, exact=True)
-    else:
-        note("bf16: making the float32 twin")
-        with float32_twin(folder / GRAPH_NAME, trial.contract) as (path, contract):
-            yield lambda: RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
 
 
 def run_references(

@@ -6,7 +6,6 @@ two are never in memory together.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +15,11 @@ from mistral_trt.artifact import new_artifact, require_apart
 from mistral_trt.errors import ValidationError, require
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
-from mistral_trt.manifest import GRAPH_NAME, Manifest, read_manifest
+from mistral_trt.manifest import Manifest, read_manifest
 from mistral_trt.progress import note, track
-from mistral_trt.runtime.cache import RollingCache
-from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.loading import require_used
-from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
+from mistral_trt.validate.opening import openable
 from mistral_trt.validate.provenance import describe_run
 from mistral_trt.validate.reference.hugging_face import load_model, require_memory, require_same_checkpoint
 from mistral_trt.validate.tasks.agreement import Outcome
@@ -31,7 +28,6 @@ from mistral_trt.validate.tasks.items import Task
 from mistral_trt.validate.tasks.record import EVAL_NAME, Evaluation, Skipped, write_evaluation
 from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Side
 from mistral_trt.validate.tasks.task_file import read_tasks, require_names_apart, shipped_tasks
-from mistral_trt.validate.twin import float32_twin
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,8 @@ def _out_of_reach(question: Question, manifest: Manifest, length: int | None) ->
 
 def answer(job: Job, manifest: Manifest, *, source: Checkpoint, asked: Asked) -> Iterator[Outcome]:
     """Let the artifact answer everything, then the reference; pair the answers."""
-    with opened(job.folder, manifest, threads=job.threads) as cache:
+    with openable(job.folder, manifest, threads=job.threads) as open_artifact:
+        cache = open_artifact()
         found = answers(ArtifactSide(cache), asked, title="artifact")
         cache.close()
     del cache
@@ -157,14 +154,3 @@ def answers(side: Side, asked: Asked, *, title: str) -> list[Answer]:
             found.append(ask(side, question, decode=asked.tokenizer.decode, end_tokens=asked.end_tokens))
             advance(1)
     return found
-
-
-@contextmanager
-def opened(folder: Path, manifest: Manifest, *, threads: int | None) -> Iterator[RollingCache]:
-    """The artifact, or its float32 twin where a CPU cannot run its bfloat16 graph."""
-    if manifest.stage == "engine" or manifest.contract.cache_dtype != "bfloat16":
-        yield open_cache(folder, threads=threads, trust_weights=True, exact=True)
-        return
-    note("bf16: making the float32 twin")
-    with float32_twin(folder / GRAPH_NAME, manifest.contract) as (path, contract):
-        yield RollingCache(OnnxRuntimeBackend(path, contract, threads=threads))

@@ -23,8 +23,8 @@ from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import manifest_sha256, read_manifest
 from mistral_trt.progress import track
 from mistral_trt.runtime.text.tokenizer import Tokenizer
+from mistral_trt.validate.opening import openable
 from mistral_trt.validate.reference.hugging_face import load_model, require_same_checkpoint
-from mistral_trt.validate.tasks.evaluation import opened
 from mistral_trt.validate.tasks.sides import ArtifactSide, ReferenceSide, Side
 
 
@@ -61,9 +61,8 @@ class MistralTrtLM(TemplateLM):  # type: ignore[misc]
     def _open(self, folder: Path, reference: str | None, threads: int | None) -> Side:
         if reference is None:
             self._open_files = ExitStack()  # a float32 twin is removed with it
-            return ArtifactSide(
-                self._open_files.enter_context(opened(folder, self._manifest, threads=threads))
-            )
+            opening = openable(folder, self._manifest, threads=threads)
+            return ArtifactSide(self._open_files.enter_context(opening)())
         source = Checkpoint.open(Path(reference))
         require_same_checkpoint(self._manifest, source)
         return ReferenceSide(load_model(source, sliding_window=self._manifest.contract.ring.sliding_window))
