@@ -112,7 +112,7 @@ def loaded(bench: Any, checkpoint: Path, onnx: Path, engine: Path, simulated: Ma
 def test_the_checks_hold_on_a_sound_engine(bench: Any, loaded: Any) -> None:
     found = bench.checks.against_onnxruntime(loaded)
     assert found["failures"] == [] and found["logit_error_max"] < 2e-5 and found["hidden_slots_seen"] == 0
-    assert re.search(r"240 positions, \d\d+ pokes, \d gates, 0 failed", found["log"][-1])
+    assert re.search(r"280 positions, \d\d+ pokes, \d gates, 0 failed", found["log"][-1])
     found = bench.checks.against_pytorch(loaded)
     assert found["failures"] == [] and 0 < found["logit_error_max"] < 0.5
     assert "hidden_slots_seen" not in found and loaded.backend.ready
