@@ -54,7 +54,10 @@ def errors(size: int, scale: float) -> LogitErrors:
     nothing = np.full(size, np.nan)
     agree, scored = draw.random(size) > 0.1, np.zeros(size, bool)
     position = np.arange(size)
-    return LogitErrors(position, **columns, agree=agree, nll_reference=nothing, nll=nothing, scored=scored)
+    rank = np.where(agree, 0, 7)
+    return LogitErrors(
+        position, **columns, agree=agree, rank=rank, nll_reference=nothing, nll=nothing, scored=scored
+    )
 
 
 def text_report(quantization: dict[str, object] | None = None, *, scale: float = 1e-5) -> Report:

@@ -30,7 +30,8 @@ def errors(size: int, **columns: float) -> LogitErrors:
     for name, value in columns.items():
         arrays[name][-1] = value
     position = np.arange(size)
-    return LogitErrors(position, **arrays, agree=np.ones(size, bool), scored=np.ones(size, bool))
+    yes, rank = np.ones(size, bool), np.zeros(size, np.int64)
+    return LogitErrors(position, **arrays, agree=yes, rank=rank, scored=yes)
 
 
 def scenario(name: str, found: LogitErrors, failure: str | None = None) -> ScenarioResult:

@@ -14,7 +14,9 @@ from mistral_trt.validate.metrics import (
     concatenate,
     logit_errors,
     mean,
+    percentile,
     perplexity,
+    top5_agreement,
     worst,
 )
 
@@ -73,6 +75,8 @@ def test_every_metric_sees_a_planted_error(name: str) -> None:
     errors = compare(LOGITS, broken)
     if name == "agree":
         np.testing.assert_array_equal(errors.agree, [True] * 4 + [False] + [True] * 2)
+    elif name == "rank":
+        np.testing.assert_array_equal(errors.rank, [0] * 4 + [1] + [0] * 2)
     elif name == "scored":
         np.testing.assert_array_equal(errors.scored, [True] * 6 + [False])
     elif name.startswith("nll"):
@@ -82,6 +86,20 @@ def test_every_metric_sees_a_planted_error(name: str) -> None:
         found = worst(errors, name)
         assert found.position == 4
         assert found.value > 0.1
+
+
+def test_the_rank_counts_what_is_put_before_the_references_choice() -> None:
+    reference = np.array([[0.0, 5, 1, 2, 3, 4, 0]] * 3)
+    artifact = np.array([[0.0, 5, 1, 2, 3, 4, 0], [9.0, 5, 9, 9, 9, 9, 9], [np.nan, 5, 1, 2, 3, 4, 0]])
+    errors = compare(reference, artifact, np.array([0, 0, 0]))
+    assert errors.rank.tolist() == [0, 6, 7]
+    assert top5_agreement(errors) == pytest.approx(1 / 3)
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    errors = compare(LOGITS, LOGITS + np.arange(7, dtype=np.float32)[:, None])
+    assert percentile(errors, "max_abs", 50) == pytest.approx(3)
+    assert percentile(errors, "max_abs", 99) == pytest.approx(6)
 
 
 @given(shift=st.floats(-1e3, 1e3), scale=st.floats(1e-3, 1.0))

@@ -7,7 +7,7 @@ import numpy as np
 _PIECE_ELEMENTS = 1 << 17  # a piece and its intermediates stay in the processor's cache
 
 
-_DTYPES = {"position": np.int64, "agree": np.bool_, "scored": np.bool_}
+_DTYPES = {"position": np.int64, "rank": np.int64, "agree": np.bool_, "scored": np.bool_}
 """Of the fields that are not float64."""
 
 
@@ -29,6 +29,8 @@ class LogitErrors:
     """KL(reference || artifact) of the two next-token distributions, in nats."""
     agree: np.ndarray
     """bool: whether both put the same token first."""
+    rank: np.ndarray
+    """int64: how many tokens the artifact puts before the reference's first choice; V where it gives NaN."""
     nll_reference: np.ndarray
     """Negative log-likelihood of the text's next token by the reference, in nats; NaN where there is none."""
     nll: np.ndarray
@@ -120,6 +122,17 @@ def mean(errors: LogitErrors, metric: str) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
+def percentile(errors: LogitErrors, metric: str, percent: float) -> float:
+    """The value that so many percent of the positions do not exceed; NaN where there are none."""
+    values = getattr(errors, metric)
+    return float(np.percentile(values, percent, method="inverted_cdf")) if len(values) else float("nan")
+
+
+def top5_agreement(errors: LogitErrors) -> float:
+    """Share of the positions at which the reference's first choice is among the artifact's first five."""
+    return float(np.mean(errors.rank < 5)) if len(errors) else float("nan")
+
+
 def perplexity(errors: LogitErrors) -> Perplexity:
     """Perplexity of the text by both sides.  Mean nll_reference 2, nll 2.5: e^2, e^2.5, ratio e^0.5."""
     positions = int(np.count_nonzero(errors.scored))
@@ -155,10 +168,17 @@ def _compare(
             cosine=1.0 - _dot(reference, artifact) / norms,
             kl=artifact_lse - reference_lse - _dot(probability, difference),
             agree=reference.argmax(axis=-1) == artifact.argmax(axis=-1),
+            rank=_rank(artifact, reference.argmax(axis=-1)),
             nll_reference=reference_lse - _at(reference, targets),
             nll=artifact_lse - _at(artifact, targets),
             scored=targets >= 0,
         )
+
+
+def _rank(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """How many of [n, V] lie above the logit of each token [n]; V where one is NaN."""
+    above = logits > logits[np.arange(len(logits)), tokens][:, None]  # [n, V]
+    return np.where(np.isnan(logits).any(axis=-1), logits.shape[1], above.sum(axis=-1))
 
 
 def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mistral_trt.validate.findings import LayerErrors, LayerFindings, WeightFindings, WorstCase
-from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
+from mistral_trt.validate.metrics import LogitErrors, mean, percentile, perplexity, top5_agreement, worst
 from mistral_trt.validate.report.figures import number
 from mistral_trt.validate.report.report import FORMAT_VERSION, HTML_NAME, JUNIT_NAME, Report
 from mistral_trt.validate.scenarios.poke import PokeResult
@@ -98,13 +98,17 @@ def summary(errors: LogitErrors) -> dict[str, Any]:
     return {
         "positions": len(errors),
         "max_abs_max": number(worst(errors, "max_abs").value),
+        "max_abs_p99": number(percentile(errors, "max_abs", 99)),
         "mean_abs_mean": number(mean(errors, "mean_abs")),
         "relative_mean": number(mean(errors, "relative")),
+        "relative_p99": number(percentile(errors, "relative", 99)),
+        "relative_max": number(worst(errors, "relative").value),
         "cosine_distance_max": number(worst(errors, "cosine").value),
         "kl_max": number(worst(errors, "kl").value),
         "kl_mean": number(mean(errors, "kl")),
         "perplexity_ratio": number(perplexity(errors).ratio),
         "top1_agreement": number(mean(errors, "agree")),
+        "top5_agreement": number(top5_agreement(errors)),
     }
 
 
