@@ -6,7 +6,8 @@ poke   the artifact with its own window of 4,096 tokens: the poke probe of one l
 
 Both artifacts lie over the same weight files. Memory is anonymous memory, sampled every 0.1 s (process.py);
 mapped weights come on top as far as the machine has room. Exit status 1 if a gate or a probe fails or the
-memory is above its bound.
+memory is above its bound. Figures of
+parts that are not run are kept, with their date.
 """
 
 import argparse
@@ -43,20 +44,24 @@ def main() -> int:
     if args.probe:
         return probe(own, checkpoint, args.layer)
     make(checkpoint, own, short, layers=args.layers)
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "layers": args.layers or read_manifest(own, check_files=None).contract.config.num_hidden_layers,
-        "artifacts": {folder.name: identity(folder) for folder in (own, short)},
-        "wrap": wrap(short, checkpoint, scratch / "report"),
-        "poke": poke(scratch, args.layer),
+    results = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    parts = {
+        "wrap": lambda: wrap(short, checkpoint, scratch / "report"),
+        "poke": lambda: poke(scratch, args.layer),
     }
+    for name in args.only:
+        results[name] = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
+            "artifact": identity({"wrap": short, "poke": own}[name]),
+            **parts[name](),
+        }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
     if not args.keep:
         shutil.rmtree(scratch)
-    return 0 if all(results[name]["passed"] for name in ("wrap", "poke")) else 1
+    return 0 if all(results[name]["passed"] for name in args.only) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -65,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "full-size", help="29 GB")
     parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--layer", type=int, default=0, help="the one that is poked")
+    parser.add_argument("--only", nargs="+", choices=("wrap", "poke"), default=["wrap", "poke"])
     parser.add_argument("--keep", action="store_true", help="do not remove what was made")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -96,6 +102,7 @@ def identity(folder: Path) -> dict[str, Any]:
     return {
         "manifest_sha256": manifest_sha256(folder),
         "graph_sha256": manifest.details["graph_sha256"],
+        "layers": manifest.contract.config.num_hidden_layers,
         "sliding_window": manifest.contract.ring.sliding_window,
         "ring_capacity": manifest.contract.ring.capacity,
         "names_of_each_weight_file": links,
