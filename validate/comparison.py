@@ -30,6 +30,7 @@ from mistral_trt.validate.provenance import (
     describe_execution,
     describe_failures,
     describe_limits,
+    describe_polygraphy,
     describe_reference,
     describe_run,
     describe_undecided,
@@ -111,12 +112,9 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
     weights = stored_weights(trial)
     found = compare_streaming(trial) if job.streaming else compare_whole(trial)
     polygraphy = polygraphy_verdicts(trial)
-    failures = {
-        **found.failures,
-        **{f"polygraphy {p.name}": p.words for p in polygraphy if p.passed is False},
-    }
+    failures = [*found.failures, *(f"polygraphy {p.name}" for p in polygraphy if p.passed is False)]
     measured = {
-        **table.measure(found.scenarios, found.pokes, failures=list(failures)),
+        **table.measure(found.scenarios, found.pokes, failures=failures),
         **measure_parts(layers=found.layers, own=found.own_precision, weights=weights, ring=contract.ring),
     }
     left = table.undecided(limits, measured)
@@ -139,7 +137,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         quality=measure_quality(found.scenarios, found.greedy),
         quantization=subject.manifest.details.get("quantization"),
         notes=(
-            *describe_failures(failures),
+            *describe_failures(found.failures),
+            *describe_polygraphy(polygraphy),
             *found.notes,
             *describe_limits(contract, length),
             *describe_undecided(left),

@@ -5,8 +5,9 @@ two are never in memory together. One at a time, the artifact's layers are follo
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mistral_trt.manifest import GRAPH_NAME
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
+from mistral_trt.runtime.loading import open_artifact
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate.artifact_run import in_words, run_greedy, run_pokes, run_scenario
 from mistral_trt.validate.findings import LayerFindings
@@ -36,15 +38,17 @@ Opener = Callable[[], RollingCache]
 def compare_whole(trial: Trial) -> Findings:
     """Greedy continuation, reference, layers, scenarios and poke probe, in this order."""
     tokens = trial.tokens
-    with openable(trial) as open_artifact:
-        generated, stopped = run_greedy(open_artifact(), tokens)
+    with openable(trial) as opened:
+        with closing(opened()) as cache:
+            generated, stopped = run_greedy(cache, tokens)
+        del cache
         references, greedy, layers, broken = run_references(trial, generated)
-        cache = open_artifact()
-        played = {
-            plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
-            for plan in trial.plans
-        }
-        pokes, failure = run_pokes(cache, tokens)
+        with closing(opened()) as cache:
+            played = {
+                plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
+                for plan in trial.plans
+            }
+            pokes, failure = run_pokes(cache, tokens)
     failures = {"greedy": stopped, "layers": broken, "poke": failure}
     return Findings(
         scenarios=tuple(found.results[0] for found in played.values()),
@@ -64,13 +68,24 @@ def openable(trial: Trial) -> Iterator[Opener]:
     cannot run bfloat16; anew each time."""
     job, folder = trial.job, trial.subject.executed
     if trial.subject.runs_engine:
-        yield partial(open_cache, folder, trust_weights=True)
+        yield partial(open_engine, folder)
     elif trial.contract.cache_dtype != "bfloat16":
         yield partial(open_cache, folder, threads=job.threads, trust_weights=True, exact=True)
     else:
         note("bf16: making the float32 twin")
         with float32_twin(folder / GRAPH_NAME, trial.contract) as (path, contract):
             yield lambda: RollingCache(OnnxRuntimeBackend(path, contract, threads=job.threads))
+
+
+def open_engine(folder: Path) -> RollingCache:
+    """An engine as it serves: its kernels compiled, its decode steps captured."""
+    _, backend = open_artifact(folder, trust_weights=True, exact=True)
+    try:
+        backend.warm_up()
+    except BaseException:
+        backend.close()
+        raise
+    return RollingCache(backend)
 
 
 def run_references(
