@@ -454,7 +454,7 @@ def test_a_part_that_was_not_run_is_not_shown_as_one_that_found_nothing() -> Non
     text = words(report())
     for heading in ("Stored weights Every", "Layer by layer", "Worst cases", "told apart"):
         assert heading not in text
-    assert "Stored weights that are wrong" in text
+    assert "Weights or tokenizer that are not the checkpoint's" in text
     assert text.count("Not decided: not run") == 7
     assert "all 8 gates hold over 240 compared positions; 8 more could not be decided." in text
 
