@@ -276,7 +276,9 @@ def test_what_polygraphy_finds_apart_fails_the_engine(
 ) -> None:
     """Of everything, the layers too."""
     on_gpu(monkeypatch)
-    polygraphy(tmp_path, monkeypatch, 'case "$*" in *--trt-outputs*inputs.py:prefill*) echo apart; exit 1;; esac')
+    polygraphy(
+        tmp_path, monkeypatch, 'case "$*" in *--trt-outputs*inputs.py:prefill*) echo apart; exit 1;; esac'
+    )
     built = build()
     assert built.validate("--full") == 1
     assert built.failed == {"calls_failed": "polygraphy layers-prefill"}

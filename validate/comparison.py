@@ -152,7 +152,15 @@ def predicted_seconds(trial: Trial) -> float:
     """Of everything, before it is run."""
     contract, length = trial.contract, len(trial.tokens.ids)
     layers, own = contract.config.num_hidden_layers, trial.compares_own_precision
-    work = Work(tokens=(3 + own) * length, steps=0, compared=length * own, layer_runs=layers)
+    references = 1 + own  # each reads everything once, with every key
+    fed = 1 if trial.job.streaming else 2  # the layers with the states of the reference, with their own
+    work = Work(
+        tokens=(references + fed) * length,
+        steps=0,
+        compared=2 * own * length,
+        layer_runs=layers,
+        scored=references * length**2,
+    )
     for scenario in trial.plans:
         work += scenario_work(scenario)
     poked = poke_work(contract, questions(contract, length))
