@@ -36,6 +36,8 @@ CALIBRATION_TOKENS =
 KEEP =
 QUALITY =
 LM_HEAD =
+# How much a report validates: quick, default or full.
+BUDGET = default
 RUN =
 
 LORA_FLAGS = $(foreach adapter,$(LORA),--lora '$(adapter)')
@@ -68,6 +70,10 @@ ifeq ($(strip $(MODEL)),)
   $(error MODEL is empty; expected a checkpoint folder)
 endif
 
+ifneq ($(words $(BUDGET)) $(filter quick default full,$(BUDGET)),1 $(strip $(BUDGET)))
+  $(error BUDGET is '$(BUDGET)'; expected quick, default or full)
+endif
+
 QUANTIZATION = $(if $(CALIBRATION),--calibration '$(CALIBRATION)') \
   $(if $(CALIBRATION_SAMPLES),--calibration-samples $(CALIBRATION_SAMPLES)) \
   $(if $(CALIBRATION_TOKENS),--calibration-tokens $(CALIBRATION_TOKENS)) \
@@ -82,7 +88,7 @@ BUILD_FLAGS = --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS))
 .PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization bench-runtime clean .engine .report .onnx
 
 help: ## show this list
-	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
+	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [BUDGET=default] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
 	@echo '     PRECISION: fp32 fp16 bf16, or int8 int8-weight-only int4 fp8 with [CALIBRATION=text KEEP=pattern QUALITY=perplexity=1.03]'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target words; \
 	  do printf '  %-12s %s\n' "$$target" "$$words"; done
@@ -92,7 +98,7 @@ help: ## show this list
 demo: $(READY) ## everything on a real small model: export, A10G engine, reports, a streamed answer
 	@$(CLI) demo-model --out $(DEMO_MODEL) > /dev/null
 	@run=build/$$($(CLI) identify $(DEMO_MODEL)); \
-	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WEIGHTS= WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
+	  options="MODEL=$(DEMO_MODEL) RUN=$$run LORA= WEIGHTS= BUDGET=default WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT= $(UNQUANTIZED)"; \
 	  $(MAKE) .report PRECISION=fp32 $$options; \
 	  $(MAKE) .report .engine PRECISION=fp16 GPU=a10g FLAVOR=auto $$options; \
 	  ln -sfn $$(basename $$run) build/demo
@@ -176,8 +182,10 @@ ifeq ($(RUN),)
 else
 ONNX := $(RUN)/onnx-$(PRECISION)$(SUFFIX)
 ENGINE := $(RUN)/engines/$(subst $(comma),+,$(GPU))-$(PRECISION)$(SUFFIX)$(if $(filter-out auto,$(FLAVOR)),-$(FLAVOR))$(if $(WEIGHTS),-$(WEIGHTS))
-REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)
-PASSED := $(RUN)/.report-$(PRECISION)$(SUFFIX).passed
+# "-quick", "-full", or nothing.
+MORE := $(addprefix -,$(filter-out default,$(BUDGET)))
+REPORT := $(RUN)/report-$(PRECISION)$(SUFFIX)$(MORE)
+PASSED := $(RUN)/.report-$(PRECISION)$(SUFFIX)$(MORE).passed
 CORE := $(wildcard src/mistral_trt/*.py)
 
 .onnx: $(ONNX)/manifest.json
@@ -194,8 +202,8 @@ $(ENGINE)/manifest.json: $(ONNX)/manifest.json $(wildcard engines/*.py engines/*
 	@$(CLI) build $(ONNX) --gpu $(GPU) $(BUILD_FLAGS) --out $(@D) > /dev/null
 
 # The report is kept when a gate fails; only the mark that it passed is missing, so it runs again.
-$(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* runtime/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)
-	@$(CLI) validate $(ONNX) --reference '$(MODEL)' $(LORA_FLAGS) --out $(REPORT) | tail -n 1
+$(PASSED): $(ONNX)/manifest.json $(wildcard validate/*.* validate/*/*.* runtime/*.py runtime/*/*.py) $(if $(wildcard $(REPORT)/report.json),,.again)
+	@$(CLI) validate $(ONNX) --reference '$(MODEL)' $(LORA_FLAGS) $(addprefix -,$(MORE)) --out $(REPORT) | tail -n 1
 	@touch $@
 
 .PHONY: .again

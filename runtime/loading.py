@@ -26,7 +26,8 @@ def open_artifact(
 ) -> tuple[Manifest, Backend]:
     """Check an artifact and load it into the backend for its kind.
 
-    threads, provider, exact: of ONNX Runtime, see `OnnxRuntimeBackend`.  cache_dir: of TensorRT-RTX.
+    threads, provider: of ONNX Runtime, see `OnnxRuntimeBackend`.  cache_dir: of TensorRT-RTX.
+    exact: the same call gives the same bits; see the backends.
     fixed_batch: every decode step will be over all rows.
     trust_weights: compare sizes only, not hashes; that of an engine's plan always is.
     Raises ManifestError for an altered folder, EngineMismatchError for one that cannot run here.
@@ -39,6 +40,7 @@ def open_artifact(
             folder,
             trust_weights=trust_weights,
             fixed_batch=fixed_batch,
+            exact=exact,
             cache_dir=cache_dir,
             progress=progress,
         )
@@ -74,6 +76,7 @@ def _open_engine(
     *,
     trust_weights: bool,
     fixed_batch: bool,
+    exact: bool,
     cache_dir: Path | None,
     progress: Progress | None,
 ) -> tuple[Manifest, Backend]:
@@ -90,6 +93,7 @@ def _open_engine(
             manifest,
             plan=plan,
             fixed_batch=fixed_batch,
+            exact=exact,
             trust_weights=trust_weights,
             cache_dir=cache_dir,
             progress=progress,

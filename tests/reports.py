@@ -97,7 +97,7 @@ def report(scale: float = 1e-5, **changes: object) -> Report:
         contract=CONTRACT,
         artifact={
             "name": "tiny", "folder": "onnx", "manifest_sha256": "a" * 64, "graph_sha256": None,
-            "versions": {"onnx": "1"}, **CONTRACT.to_json(),
+            "versions": {"onnx": "1"}, "engine": None, **CONTRACT.to_json(),
         },
         reference={"folder": "checkpoint", "sha256": "b" * 64, "implementation": "Hugging Face"},
         executed="The ONNX graph ran. No TensorRT engine was executed.",
@@ -117,6 +117,7 @@ def report(scale: float = 1e-5, **changes: object) -> Report:
         run={
             "command": "mistral-trt validate onnx", "seed": 0, "started": "2026-01-01T00:00:00+00:00",
             "seconds": 1.5, "versions": {"torch": "2"},
+            "budget": "default", "streaming": False, "predicted_seconds": 2,
             "machine": {"processor": "P", "cores": 2, "memory_gb": 8.0, "system": "Linux"},
         },
     )  # fmt: skip
@@ -152,6 +153,24 @@ def own_precision(read: LogitErrors, scale: float = 0.5) -> OwnPrecision:
     return OwnPrecision("The reference ran in float16 on the CPU.", artifact=closer, reference=closer)
 
 
+ENGINE: dict[str, object] = {
+    "folder": "engines/a10g-fp16",
+    "manifest_sha256": "d" * 64,
+    "gpus": ["a10g", "l4"],
+    "flavor": "tensorrt-rtx",
+    "tensorrt": "1.7.1",
+    "weights": "embedded",
+    "audit": [
+        {"check": "ring writes", "found": "24, each from its past to its present"},
+        {"check": "attentions", "found": "12, each fused, over the ring with the mask of its window"},
+    ],
+    "executed_on": "NVIDIA A10G",
+    "polygraphy": [
+        {"name": "decode", "passed": True, "words": "PASSED | All outputs matched"},
+        {"name": "prefill", "passed": False, "words": f"FAILED | logits\n[E] {'past_key_values' * 12}"},
+        {"name": "layers-decode", "passed": None, "words": "polygraphy: command not found"},
+    ],
+}
 WEIGHTS = WeightFindings(compared=363, wrong={}, worst_steps=0.5)
 WORST_CASES = tuple(
     WorstCase(
@@ -179,6 +198,7 @@ def full_report(
     }
     return replace(
         plain,
+        artifact={**plain.artifact, "engine": ENGINE},
         gates=judge(gates, measured),
         undecided=undecided(gates, measured),
         weights=weights,

@@ -134,6 +134,18 @@ def test_a_layer_is_listed_above_a_factor_of_two(
     assert (3 in compare_records(*sides).layers) is listed
 
 
+def test_an_engine_and_where_it_ran_are_compared(write: Write) -> None:
+    elsewhere = deepcopy(HEALTHY)
+    elsewhere["artifact"]["engine"] |= {"manifest_sha256": "e" * 64, "executed_on": None}
+    before, after = read_record(write(HEALTHY)), read_record(write(elsewhere))
+    assert compare_records(before, after).facts == {
+        "engine manifest": ("d" * 64, "e" * 64),
+        "engine executed on": ("NVIDIA A10G", "none"),
+    }
+    plain = read_record(write(HEALTHY | {"artifact": {**HEALTHY["artifact"], "engine": None}}))
+    assert compare_records(plain, before).facts["engine manifest"] == (None, "d" * 64)
+
+
 def test_as_json_it_says_the_same(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(write(HEALTHY)), str(write(WRONG)), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

@@ -58,6 +58,15 @@ def test_elements_stand_in_the_order_of_the_schema() -> None:
     assert suited.find("system-out").text == report().verdict  # type: ignore[union-attr]
 
 
+def test_an_engine_is_named_by_its_hash() -> None:
+    def named(found: Report) -> list[str | None]:
+        properties = suite(found).findall("properties/property")
+        return [entry.get("value") for entry in properties if entry.get("name") == "engine"]
+
+    assert named(full_report()) == ["d" * 64]
+    assert named(report()) == []
+
+
 def test_what_xml_cannot_hold_does_not_break_it() -> None:
     found = report()
     hostile = "a\x00\x1b[31m<b>&\ud800\uffff\"'"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,42 @@ def test_names_are_looked_up_by_a_python_that_can(tree: Path) -> None:
 def test_an_engine_for_several_gpus_has_a_folder_of_its_own(tree: Path) -> None:
     shown = make(tree, "--dry-run", ".engine", "RUN=run", "GPU=a10g,l4", "WEIGHTS=external").stdout
     assert "--gpu a10g,l4 --flavor auto --weights external --out run/engines/a10g+l4-fp16-external" in shown
+
+
+@pytest.mark.parametrize(
+    ("budget", "flag", "name"), [("default", "", "report-fp16"), ("quick", "--quick ", "report-fp16-quick")]
+)
+def test_a_report_of_another_budget_has_a_folder_of_its_own(
+    tree: Path, budget: str, flag: str, name: str
+) -> None:
+    shown = make(tree, "--dry-run", ".report", "RUN=run", "MODEL=ck", f"BUDGET={budget}").stdout
+    (line,) = [line for line in shown.splitlines() if " validate " in line]
+    assert " ".join(line.split()).startswith(
+        f".venv/bin/mistral-trt validate run/onnx-fp16 --reference 'ck' {flag}--out run/{name} |"
+    )
+
+
+@pytest.mark.parametrize("budget", ["", "fast", "quick full", "default default"])
+def test_an_unknown_budget_is_refused(tree: Path, budget: str) -> None:
+    result = make(tree, "report", f"BUDGET={budget}")
+    assert f"BUDGET is '{budget}'; expected quick, default or full" in result.stderr
+    assert result.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "changed", ["", "validate/x.py", "validate/report/x.html", "runtime/x.py", "runtime/tensorrt/x.py"]
+)
+def test_a_report_is_made_again_when_what_makes_it_changed(tree: Path, changed: str) -> None:
+    made = ("run/onnx-fp16/manifest.json", "run/report-fp16/report.json", "run/.report-fp16.passed")
+    for name, age in [*((name, 100) for name in made), *([(changed, 50)] if changed else [])]:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+        os.utime(tree / name, (time.time() - age,) * 2)
+    for source in (tree / "src").rglob("*.py"):
+        os.utime(source, (1, 1))
+    shown = make(tree, "--dry-run", ".report", "RUN=run").stdout
+    assert " export " not in shown
+    assert (" validate " in shown) == bool(changed)
 
 
 def test_an_empty_model_is_refused(tree: Path) -> None:

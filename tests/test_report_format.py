@@ -8,9 +8,15 @@ import pytest
 
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.manifest import Manifest
-from mistral_trt.validate.provenance import describe_artifact, describe_reference
+from mistral_trt.validate.polygraphy_run import PolygraphyResult
+from mistral_trt.validate.provenance import (
+    describe_artifact,
+    describe_engine,
+    describe_reference,
+)
 from mistral_trt.validate.report.record import to_json
 from mistral_trt.validate.report.report import FORMAT_VERSION
+from mistral_trt.validate.subject import Engine
 from tests.models import write_checkpoint
 from tests.reports import CONTRACT, full_report, layer_findings, report
 
@@ -47,7 +53,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     manifest.write(folder)
     source = Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("checkpoint")))
     made = to_json(full_report(layers=layer_findings(wrong=7)))
-    made["artifact"] = describe_artifact(folder, manifest)
+    engine = Engine(folder, manifest, None)
+    results = [PolygraphyResult("decode", None, "not found")]
+    made["artifact"] = describe_artifact(folder, manifest) | describe_engine(engine, results)
     made["reference"] = describe_reference(source, CONTRACT)
     return made
 

@@ -19,7 +19,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Compare an artifact with the checkpoint it was made from, position by position.",
         epilog="exit status: 0 every gate holds, 1 a gate failed, 2 the validation could not run",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="an ONNX folder (mistral-trt export)")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="an ONNX folder, or an engine folder and --onnx"
+    )
     parser.add_argument("--reference", type=Path, required=True, metavar="CHECKPOINT", help="its checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     budget = parser.add_mutually_exclusive_group()
@@ -33,7 +35,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help=f"{words} (default: past four turns of the ring)",
         )
     parser.add_argument("--streaming", action="store_true", help="both sides one layer at a time: 7B in 8 GB")
-    parser.add_argument("--onnx", type=Path, metavar="DIR", help="the ONNX folder an engine was built from")
+    parser.add_argument(
+        "--onnx", type=Path, metavar="DIR", help="the ONNX folder that an engine was built from"
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: our own)")
     parser.add_argument("--random-tokens", action="store_true", help="read no text")
     parser.add_argument("--length", type=int, metavar="N", help="positions (default: the budget's)")

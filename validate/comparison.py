@@ -30,6 +30,7 @@ from mistral_trt.validate.provenance import (
     describe_execution,
     describe_failures,
     describe_limits,
+    describe_polygraphy,
     describe_reference,
     describe_run,
     describe_undecided,
@@ -111,12 +112,9 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
     weights = stored_weights(trial)
     found = compare_streaming(trial) if job.streaming else compare_whole(trial)
     polygraphy = polygraphy_verdicts(trial)
-    failures = {
-        **found.failures,
-        **{f"polygraphy {p.name}": p.words for p in polygraphy if p.passed is False},
-    }
+    failures = [*found.failures, *(f"polygraphy {p.name}" for p in polygraphy if p.passed is False)]
     measured = {
-        **table.measure(found.scenarios, found.pokes, failures=list(failures)),
+        **table.measure(found.scenarios, found.pokes, failures=failures),
         **measure_parts(layers=found.layers, own=found.own_precision, weights=weights, ring=contract.ring),
     }
     left = table.undecided(limits, measured)
@@ -139,7 +137,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         quality=measure_quality(found.scenarios, found.greedy),
         quantization=subject.manifest.details.get("quantization"),
         notes=(
-            *describe_failures(failures),
+            *describe_failures(found.failures),
+            *describe_polygraphy(polygraphy),
             *found.notes,
             *describe_limits(contract, length),
             *describe_undecided(left),
@@ -153,7 +152,15 @@ def predicted_seconds(trial: Trial) -> float:
     """Of everything, before it is run."""
     contract, length = trial.contract, len(trial.tokens.ids)
     layers, own = contract.config.num_hidden_layers, trial.compares_own_precision
-    work = Work(tokens=(3 + own) * length, steps=0, compared=length * own, layer_runs=layers)
+    references = 1 + own  # each reads everything once, with every key
+    fed = 1 if trial.job.streaming else 2  # the layers with the states of the reference, with their own
+    work = Work(
+        tokens=(references + fed) * length,
+        steps=0,
+        compared=2 * own * length,
+        layer_runs=layers,
+        scored=references * length**2,
+    )
     for scenario in trial.plans:
         work += scenario_work(scenario)
     poked = poke_work(contract, questions(contract, length))

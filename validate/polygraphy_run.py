@@ -21,6 +21,8 @@ ENGINE = ("decode", "prefill")
 LAYERS = ("layers-decode", "layers-prefill")
 
 _LAST_LINES = 12
+_NOT_STARTED = (126, 127)
+"""What a shell's exit status is where a command could not be run, or was not found."""
 
 
 @dataclass(frozen=True)
@@ -67,4 +69,5 @@ def _run(folder: Path, name: str) -> PolygraphyResult:
         ["bash", "run.sh", name], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     lines = f"{done.stdout}\n{done.stderr}".strip().splitlines()
-    return PolygraphyResult(name, done.returncode == 0, "\n".join(lines[-_LAST_LINES:]))
+    passed = None if done.returncode in _NOT_STARTED else done.returncode == 0
+    return PolygraphyResult(name, passed, "\n".join(lines[-_LAST_LINES:]))

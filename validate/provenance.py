@@ -115,6 +115,25 @@ def describe_failures(failures: Mapping[str, str]) -> list[str]:
     ]
 
 
+def describe_polygraphy(results: Sequence[PolygraphyResult]) -> list[str]:
+    """What Polygraphy found apart, and what it could not compare: a sentence for each reason."""
+    apart = [
+        f"Polygraphy found engine and ONNX graph apart ({found.name}). {_last_line(found.words)}"
+        for found in results
+        if found.passed is False
+    ]
+    reasons: dict[str, list[str]] = {}
+    for found in results:
+        if found.passed is None:
+            reasons.setdefault(_last_line(found.words), []).append(found.name)
+    left = [f"Polygraphy compared nothing ({', '.join(names)}): {why}" for why, names in reasons.items()]
+    return [*apart, *left]
+
+
+def _last_line(words: str) -> str:
+    return words.rsplit("\n", 1)[-1]
+
+
 def describe_limits(contract: GraphContract, length: int) -> list[str]:
     """What this run did not reach."""
     ring = contract.ring

@@ -4,6 +4,8 @@ The artifact is opened twice, for its continuation and for the rest, with the re
 two are never in memory together. One at a time, the artifact's layers are followed beside the reference's.
 """
 
+from contextlib import closing
+
 import numpy as np
 
 from mistral_trt.errors import MistralTrtError
@@ -26,16 +28,18 @@ from mistral_trt.validate.worst_cases import worst_cases
 def compare_whole(trial: Trial) -> Findings:
     """Greedy continuation, reference, layers, scenarios and poke probe, in this order."""
     tokens = trial.tokens
-    subject = trial.subject
-    with openable(subject.executed, subject.executed_manifest, threads=trial.job.threads) as open_artifact:
-        generated, stopped = run_greedy(open_artifact(), tokens)
+    subject, threads = trial.subject, trial.job.threads
+    with openable(subject.executed, subject.executed_manifest, threads=threads) as opened:
+        with closing(opened()) as cache:
+            generated, stopped = run_greedy(cache, tokens)
+        del cache
         references, greedy, layers, broken = run_references(trial, generated)
-        cache = open_artifact()
-        played = {
-            plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
-            for plan in trial.plans
-        }
-        pokes, failure = run_pokes(cache, tokens)
+        with closing(opened()) as cache:
+            played = {
+                plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
+                for plan in trial.plans
+            }
+            pokes, failure = run_pokes(cache, tokens)
     failures = {"greedy": stopped, "layers": broken, "poke": failure}
     return Findings(
         scenarios=tuple(found.results[0] for found in played.values()),

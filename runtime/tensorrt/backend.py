@@ -29,6 +29,7 @@ def open_tensorrt_backend(
     *,
     plan: memoryview | None = None,
     fixed_batch: bool = False,
+    exact: bool = False,
     trust_weights: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -40,7 +41,7 @@ def open_tensorrt_backend(
 
     External weights are hashed while they go into the engine: the caller need not.
     plan: the bytes of model.plan if they were compared with the manifest already; None compares them here.
-    fixed_batch: see `TensorRtBackend`.  trust_weights: do not compare the weights' hashes.
+    fixed_batch, exact: see `TensorRtBackend`.  trust_weights: do not compare the weights' hashes.
     cache_dir: where TensorRT-RTX keeps compiled kernels, None for the user's cache folder.
     cuda_graphs: False runs every step without.  trt, cudart: the modules, imported if not given.
     Raises MissingDependencyError, ManifestError for an altered folder, EngineMismatchError where it does not
@@ -57,24 +58,32 @@ def open_tensorrt_backend(
         trust_weights=trust_weights,
         progress=progress,
     )
-    return TensorRtBackend(engine, cuda_graphs=cuda_graphs, fixed_batch=fixed_batch)
+    return TensorRtBackend(engine, cuda_graphs=cuda_graphs, fixed_batch=fixed_batch, exact=exact)
 
 
 class TensorRtBackend:
     """A `Backend` on a GPU: the execution contexts of a loaded engine, which it closes, and captured steps.
 
-    fixed_batch: decode steps are of max_batch_size rows and no others, and every step runs in the kernels
-    that were compiled for its shape: a row's logits depend on that row alone.
+    exact: every step runs in the kernels that were compiled for its shape, so the same call gives the same
+    bits.  fixed_batch: exact, and decode steps are of max_batch_size rows and no others: a row's logits
+    depend on that row alone.
     One thread calls it at a time; it need not be always the same one. Two of them may share an engine and its
     rings, one with and one without CUDA graphs, if they take turns and neither is refitted.
     """
 
-    def __init__(self, engine: LoadedEngine, *, cuda_graphs: bool = True, fixed_batch: bool = False) -> None:
+    def __init__(
+        self,
+        engine: LoadedEngine,
+        *,
+        cuda_graphs: bool = True,
+        fixed_batch: bool = False,
+        exact: bool = False,
+    ) -> None:
         self.contract = engine.contract
         self._loaded, self._cuda, self._rings = engine, engine.cuda, engine.rings
         self._buffers = engine.buffers
         self._graphs = StepGraphs(engine.cuda)
-        self._cuda_graphs, self._fixed_batch = cuda_graphs, fixed_batch
+        self._cuda_graphs, self._exact = cuda_graphs, exact or fixed_batch
         rows = engine.contract.max_batch_size
         self._batches = [rows] if fixed_batch else decode_batches(rows)
         self._decode: dict[int, BoundContext] = {}
@@ -209,7 +218,7 @@ class TensorRtBackend:
 
     def _make_contexts(self) -> None:
         """One for each decode batch, bound for good, and one for prefill, bound anew as it is used."""
-        maker = self._loaded.context_maker(cuda_graphs=self._cuda_graphs, eager_prefill=self._fixed_batch)
+        maker = self._loaded.context_maker(cuda_graphs=self._cuda_graphs, eager_prefill=self._exact)
         for batch in self._batches:
             self._decode[batch] = maker.make("decode")
             self._bind(self._decode[batch], self.contract.decode_shape(batch), 0)

@@ -42,8 +42,10 @@ def render_junit(report: Report) -> bytes:
 
 
 def _facts(report: Report) -> dict[str, object]:
+    engine = report.artifact["engine"]
     return {
         "artifact": report.artifact["manifest_sha256"],
+        **({} if engine is None else {"engine": engine["manifest_sha256"]}),
         "reference": report.reference["sha256"],
         "tokens": report.tokens.sha256,
         "command": report.run["command"],

@@ -76,7 +76,7 @@ def quality_json(quality: Quality, tokens: Tokens) -> dict[str, Any]:
 
 
 def scenario_json(result: ScenarioResult) -> dict[str, Any]:
-    """Summary and per-position arrays of one scenario; position i is the i-th entry of each array."""
+    """Summary and arrays of one scenario; the i-th entry of each array is of the i-th entry of `position`."""
     errors = result.errors
     arrays = {
         field.name: [number(value) for value in getattr(errors, field.name)]

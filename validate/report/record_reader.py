@@ -157,6 +157,7 @@ def _facts(data: _Object) -> dict[str, str]:
         "artifact": artifact.take("name", str),
         "artifact manifest": artifact.take("manifest_sha256", str),
         "artifact graph": artifact.take("graph_sha256", str, type(None)),
+        **_engine_facts(artifact),
         "reference": reference.take("sha256", str),
         "tokens": f"{tokens.take('count', int)}, {tokens.take('source', str)}",
         "tokens sha256": tokens.take("sha256", str),
@@ -168,6 +169,16 @@ def _facts(data: _Object) -> dict[str, str]:
         versions = owner.inner("versions")
         facts |= {f"{name} {package}": versions.take(package, str) for package in sorted(versions.data)}
     return {name: "none" if value is None else str(value) for name, value in facts.items()}
+
+
+def _engine_facts(artifact: _Object) -> dict[str, str | None]:
+    if artifact.take("engine", dict, type(None)) is None:
+        return {}
+    engine = artifact.inner("engine")
+    return {
+        "engine manifest": engine.take("manifest_sha256", str),
+        "engine executed on": engine.take("executed_on", str, type(None)),
+    }
 
 
 def _layers(data: _Object) -> dict[int, float | None]:

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.errors import NonFiniteLogitsError
-from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
+from mistral_trt.runtime.cache import Logits, RingArray, RollingCache, RowSnapshot
 
 BUMP = 3.0
 GARBAGE = 1e4
@@ -239,13 +240,19 @@ def poked(snapshot: RowSnapshot, poke: Poke) -> RowSnapshot:
     rings = []
     for i, ring in enumerate(snapshot.rings):  # [K, R, D], keys and values in turn
         altered = ring.copy()
+        numbers = _numbers(altered)
         if poke.how == "bump":
-            altered[:, slots] += np.asarray(BUMP, ring.dtype)
+            numbers[:, slots] += np.asarray(BUMP, numbers.dtype)
         else:
             size = FLOAT16_KEY_GARBAGE if ring.dtype == np.float16 and i % 2 == 0 else GARBAGE
-            altered[:, slots] = np.resize(np.array([size, -size], ring.dtype), altered[:, slots].shape)
+            numbers[:, slots] = np.resize(np.array([size, -size], numbers.dtype), numbers[:, slots].shape)
         rings.append(altered)
     return replace(snapshot, rings=tuple(rings))
+
+
+def _numbers(ring: RingArray) -> RingArray:
+    """The same memory as numbers: the rings of a bf16 engine come as the bits of bfloat16, in uint16."""
+    return ring.view(ml_dtypes.bfloat16) if ring.dtype == np.uint16 else ring
 
 
 def _judge(question: Question, poke: Poke, *, clean: Logits, answer: Logits) -> PokeResult:
