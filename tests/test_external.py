@@ -43,6 +43,8 @@ from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Folder = Callable[..., Path]
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 192, "vocab_size": 259}
 

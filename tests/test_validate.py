@@ -381,12 +381,13 @@ def called_int8(folder: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int8_reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def int8_reader(
+    tiny_checkpoint: Folder, onnx_folder: Folder, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """An ONNX folder that says it is int8, with a tokenizer, and its checkpoint."""
-    root = tmp_path_factory.mktemp("int8")
-    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259, num_hidden_layers=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp16", prefill_chunk=4, max_batch_size=1)
-    return called_int8(root / "onnx", root / "int8"), checkpoint
+    text = {"tokenizer": True, "vocab_size": 259, "num_hidden_layers": 1}
+    artifact = onnx_folder(precision="fp16", max_batch_size=1, **text)
+    return called_int8(artifact, tmp_path_factory.mktemp("int8") / "onnx"), tiny_checkpoint(**text)
 
 
 def perplexity_of(checkpoint: Path, tokens: Sequence[int]) -> float:
