@@ -243,14 +243,14 @@ def test_requests_that_cannot_be_served_are_refused(
 
 
 def test_a_prompt_past_the_context_is_refused_and_a_text_ends_there(onnx_folder: Folder) -> None:
-    unlimited = {"sliding_window": None, "max_context": 12}
+    unlimited = {"sliding_window": None, "max_context": 16}
     engine = Engine.load(onnx_folder(tokenizer=True, vocab_size=259, num_hidden_layers=1, **unlimited))
-    for count in (20, 11):  # one beginning-of-text token, and room for at least one new
-        with pytest.raises(GenerationError, match=f"the prompt has {count + 1} tokens.*max_context of 12"):
+    for count in (20, 15):  # one beginning-of-text token, and room for at least one new
+        with pytest.raises(GenerationError, match=f"the prompt has {count + 1} tokens.*max_context of 16"):
             engine.stream("x" * count)
     output = engine.generate(["x" * 5], SamplingParams(max_tokens=50, ignore_eos=True))[0]
     assert output.finish_reason == "context"
-    assert 6 + len(output.tokens) == 12
+    assert 6 + len(output.tokens) == 16
 
 
 def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
