@@ -167,7 +167,7 @@ def check_replaced(folder: Path) -> None:
     assert not any(network.are_weights_marked_refittable(name) for name in others)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_weight_becomes_a_placeholder(folders: Folder, precision: str) -> None:
     check_replaced(folders(precision))
 
