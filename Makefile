@@ -127,11 +127,17 @@ onnx: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## the ONNX fol
 gpus: $(READY) ## the GPUs an engine can be built for
 	@$(CLI) gpus
 
+# A worker for each core, four at most; one thread each, or they fight. A file's tests share what its fixtures made.
+BESIDE = OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile
+ALONE = $(BIN)/pytest -q $$(grep --files-with-matches 'pytest\.mark\.alone' tests/test_*.py)
+
 test: $(READY) ## the unit suite, under 3 minutes
-	$(BIN)/pytest -q -m 'not slow and not gpu'
+	$(BESIDE) -m 'not slow and not gpu and not alone'
+	$(ALONE) -m 'alone and not slow and not gpu'
 
 test-all: $(READY) ## everything that needs no GPU, real engine builds included
-	$(BIN)/pytest -q -m 'not gpu'
+	$(BESIDE) -m 'not gpu and not alone'
+	$(ALONE) -m 'alone and not gpu'
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ What the factories return is shared: a test that alters a folder copies it first
 Torch and transformers are imported where they are needed, so that a test without them starts at once.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -34,37 +35,42 @@ _EXPORT_DEFAULTS: dict[str, object] = {
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """tiny_checkpoint(seed=0, dtype="float32", **config) -> a Hugging Face checkpoint folder.
+    """tiny_checkpoint(tokenizer=False, seed=0, dtype="float32", **config) -> a checkpoint folder.
 
     config: any key of `config.json`, over the defaults of `tests.models.write_checkpoint` (2 layers, W = 8).
+    tokenizer: with that of `tests.models.write_tokenizer`, which calls for a vocab_size of 259 or more.
     Each set of arguments is written once a session.
     """
     from transformers.utils import logging as transformers_logging
 
-    from tests.models import write_checkpoint
+    from tests.models import write_checkpoint, write_tokenizer
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     made: dict[str, Path] = {}
 
-    def checkpoint(**overrides: object) -> Path:
-        key = json.dumps(overrides, sort_keys=True)
+    def checkpoint(*, tokenizer: bool = False, **overrides: object) -> Path:
+        key = json.dumps([tokenizer, overrides], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
             made[key] = write_checkpoint(folder, **overrides)  # type: ignore[arg-type]
+            if tokenizer:
+                write_tokenizer(folder)
         return made[key]
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folder) -> Folder:
+def onnx_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folder, built_graph: "BuiltGraph"
+) -> Folder:
     """onnx_folder(precision="fp32", prefill_chunk=4, max_batch_size=4, max_context=None, **checkpoint)
 
-    -> the ONNX folder of `tiny_checkpoint(**checkpoint)`, exported for real. `sliding_window` is the
-    checkpoint's. Each set of arguments is exported once a session (2 s with one layer, 4 s with two), so
-    tests that can share arguments should: the defaults are W = 8, C = 4, R = 12, fp32.
+    -> the ONNX folder of `tiny_checkpoint(**checkpoint)`, exported with the trace of `built_graph`.
+    `sliding_window` is the checkpoint's. Each set of arguments is exported once a session, so tests that can
+    share arguments should: the defaults are W = 8, C = 4, R = 12, fp32.
     """
-    from mistral_trt.export.onnx_folder import export_checkpoint
+    from mistral_trt.export import onnx_folder as stage
 
     made: dict[str, Path] = {}
 
@@ -73,7 +79,9 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folde
         key = json.dumps([options, arguments], sort_keys=True)
         if key not in made:
             out = tmp_path_factory.mktemp("onnx") / "tiny"
-            export_checkpoint(tiny_checkpoint(**arguments), out, **options)  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage, "build_graph", built_graph)
+                stage.export_checkpoint(tiny_checkpoint(**arguments), out, **options)  # type: ignore[arg-type]
             made[key] = out
         return made[key]
 
@@ -82,18 +90,32 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folde
 
 @pytest.fixture(scope="session")
 def built_graph() -> "BuiltGraph":
-    """built_graph(contract) -> a copy of `build_graph(contract)`, which takes 2 s a layer once a session."""
+    """built_graph(contract) -> a copy of `build_graph(contract)`, which takes seconds.
+
+    Traced once a session for each config, ring and dtype of the rings: of the rest of a contract the graph
+    knows nothing (`tests/test_graph.py` holds it to that).
+    """
     from mistral_trt.export.graph import build_graph
 
     made: dict[str, ir.Model] = {}
 
     def graph(contract: "GraphContract") -> "ir.Model":
-        key = repr(contract)
+        key = repr((contract.config, contract.ring, contract.cache_dtype))
         if key not in made:
             made[key] = build_graph(contract)
         return made[key].clone()
 
     return graph
+
+
+@pytest.fixture(scope="module")
+def one_trace(built_graph: "BuiltGraph") -> Iterator[None]:
+    """A module's own exports take their graphs from `built_graph`: for tests of what becomes of a graph."""
+    from mistral_trt.export import onnx_folder as stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "build_graph", built_graph)
+        yield
 
 
 @pytest.fixture
@@ -103,6 +125,14 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.graphs import bare_graph
 
     monkeypatch.setattr(onnx_folder, "build_graph", bare_graph)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """What was imported so far is not looked through each time garbage is collected: half a second with all
+    of torch and ModelOpt, in calibration once a layer."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 PATH = Path(__file__).parent.parent / "bench" / "process.py"
 
 

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
-from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.scheduling.continuous_batch import ContinuousBatch
 from mistral_trt.runtime.text.tokenizer import Tokenizer
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
 
 BENCH = Path(__file__).parent.parent / "bench"
 MODULES = ("runtime", "runtime_model", "runtime_peer", "runtime_rhythm", "runtime_steps")
@@ -38,12 +37,14 @@ def bench() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def settings(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def settings(
+    bench: Any, tiny_checkpoint: Folder, onnx_folder: Folder, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Every part, as short as can be, on the tests' own model: two rows, W = 8."""
-    root = tmp_path_factory.mktemp("bench")
-    checkpoint = write_tokenizer(write_checkpoint(root / "checkpoint", vocab_size=259, num_hidden_layers=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=2)
-    return bench.runtime.Bench(checkpoint, root / "onnx", root, threads=1, steps=60, tokens=200, repeat=1)
+    text = {"tokenizer": True, "vocab_size": 259, "num_hidden_layers": 1}
+    checkpoint, artifact = tiny_checkpoint(**text), onnx_folder(max_batch_size=2, **text)
+    scratch = tmp_path_factory.mktemp("bench")
+    return bench.runtime.Bench(checkpoint, artifact, scratch, threads=1, steps=60, tokens=200, repeat=1)
 
 
 def failed(part: dict[str, Any]) -> list[str]:

@@ -69,6 +69,8 @@ from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Mutation = Callable[[onnx.ModelProto], None]
 A10G, L4 = (TargetSet((find_gpu(key),)) for key in ("a10g", "l4"))
 

@@ -1,7 +1,6 @@
 """Calibration layer by layer finds what ModelOpt finds on the whole model, and goes on where it stopped."""
 
 import fcntl
-import gc
 import logging
 import os
 import threading
@@ -38,15 +37,6 @@ fusion = pytest.importorskip("modelopt.torch.export.quant_utils")
 W, T = 8, 32
 NAMES = linear_names(TINY)
 SHARED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Calibration collects garbage after each layer: it need not look through what was imported each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,32 +4,28 @@ What is expected stands here, in words of its own, and is not asked of the table
 with a new compute capability adds cases; nothing here names a GPU.
 """
 
-import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
-from mistral_trt.contract import CACHE_DTYPES, QUANTIZED, GraphContract
+from mistral_trt.contract import CACHE_DTYPES, QUANTIZED
 from mistral_trt.engines import build as build_module
 from mistral_trt.engines.build import build_engine
 from mistral_trt.engines.gpu import load_catalogue
 from mistral_trt.errors import BuildError, GpuError
-from mistral_trt.export import onnx_folder as export_stage
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.manifest import read_manifest
-from tests.conftest import BuiltGraph
 from tests.models import write_checkpoint, write_tokenizer
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("modelopt.torch.quantization")  # quietly: importing it warns of torch's plans
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_trace")]
 
 FIRST = {"fp16": 7.5, "bf16": 8.0, "int8": 8.0, "int8-weight-only": 7.5, "int4": 8.0, "fp8": 8.9}
 """Precision → the first compute capability that runs it."""
@@ -57,28 +53,6 @@ def refusal(capability: str, precision: str) -> tuple[type[Exception], str] | No
         GpuError,
         r"TensorRT-RTX cannot build for .*; on a machine whose GPU is an .* --flavor tensorrt --out",
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Calibration collects garbage after each layer: it need not look through what was imported each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace(built_graph: BuiltGraph) -> Iterator[None]:
-    """Graphs are traced once: before Q/DQ nodes, all precisions with float16 rings have the same one."""
-
-    def build(contract: GraphContract) -> ir.Model:
-        plain = contract.precision not in QUANTIZED
-        return built_graph(contract if plain else replace(contract, precision="fp16"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_stage, "build_graph", build)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mistral_trt.export.onnx_folder import export_checkpoint
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -311,10 +310,10 @@ def test_every_pip_command_runs(context: Path, tmp_path: Path) -> None:
     assert sh(runs[0], second, TENSORRT_RTX="1.0").returncode != 0
 
 
-def test_what_it_starts_starts_and_its_health_check_tells(context: Path, tmp_path: Path) -> None:
-    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
-    write_tokenizer(write_checkpoint(checkpoint, vocab_size=259, num_hidden_layers=1))
-    export_checkpoint(checkpoint, engine, precision="fp32", prefill_chunk=4)
+def test_what_it_starts_starts_and_its_health_check_tells(
+    context: Path, onnx_folder: Folder, tmp_path: Path
+) -> None:
+    engine = onnx_folder(tokenizer=True, vocab_size=259, num_hidden_layers=1)
     folder = stage_folder(context, 1, tmp_path / "image")
     words = [*json.loads(of("ENTRYPOINT")[0]), *json.loads(of("CMD")[0])]
     ours = {"python": sys.executable, "/engine": str(engine), "8000": "0", "0.0.0.0": "127.0.0.1"}

@@ -21,14 +21,13 @@ from mistral_trt.errors import (
     NonFiniteLogitsError,
     QueueFullError,
 )
-from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, SamplingParams
 from mistral_trt.runtime.backend import Logits, Step
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.conftest import Folder
-from tests.models import write_checkpoint, write_tokenizer
+from tests.models import write_tokenizer
 from tests.test_constraint import count_compiled
 from tests.token_backend import eventually
 
@@ -36,12 +35,9 @@ PROMPT = "naïve café 日本 🙂"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(onnx_folder: Folder) -> Path:
     """A tiny artifact with text: vocabulary of bytes, W = 8."""
-    root = tmp_path_factory.mktemp("text")
-    checkpoint = write_tokenizer(write_checkpoint(root / "checkpoint", vocab_size=259, eos_token_id=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4)
-    return root / "onnx"
+    return onnx_folder(tokenizer=True, vocab_size=259, eos_token_id=1)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +107,10 @@ def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     assert engine.generate([PROMPT], never)[0].text == free.text
 
 
-def test_ids_beyond_the_tokenizer_never_come(tmp_path: Path) -> None:
-    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "c", vocab_size=300, eos_token_id=1))
-    export_checkpoint(checkpoint, tmp_path / "o", precision="fp32", prefill_chunk=4)
+def test_ids_beyond_the_tokenizer_never_come(onnx_folder: Folder) -> None:
     params = SamplingParams(max_tokens=200, temperature=5.0, seed=1, ignore_eos=True)
-    with Engine.load(tmp_path / "o") as engine:
+    folder = onnx_folder(tokenizer=True, vocab_size=300, eos_token_id=1, num_hidden_layers=1)
+    with Engine.load(folder) as engine:
         assert max(engine.generate(["abc"], params)[0].tokens) < 259
 
 
@@ -247,16 +242,15 @@ def test_requests_that_cannot_be_served_are_refused(
         list(engine.stream(**arguments))  # type: ignore[arg-type]
 
 
-def test_a_prompt_past_the_context_is_refused_and_a_text_ends_there(tmp_path: Path) -> None:
-    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "c", vocab_size=259, sliding_window=None))
-    export_checkpoint(checkpoint, tmp_path / "o", precision="fp32", prefill_chunk=4, max_context=12)
-    engine = Engine.load(tmp_path / "o")
-    for count in (20, 11):  # one beginning-of-text token, and room for at least one new
-        with pytest.raises(GenerationError, match=f"the prompt has {count + 1} tokens.*max_context of 12"):
+def test_a_prompt_past_the_context_is_refused_and_a_text_ends_there(onnx_folder: Folder) -> None:
+    unlimited = {"sliding_window": None, "max_context": 16}
+    engine = Engine.load(onnx_folder(tokenizer=True, vocab_size=259, num_hidden_layers=1, **unlimited))
+    for count in (20, 15):  # one beginning-of-text token, and room for at least one new
+        with pytest.raises(GenerationError, match=f"the prompt has {count + 1} tokens.*max_context of 16"):
             engine.stream("x" * count)
     output = engine.generate(["x" * 5], SamplingParams(max_tokens=50, ignore_eos=True))[0]
     assert output.finish_reason == "context"
-    assert 6 + len(output.tokens) == 12
+    assert 6 + len(output.tokens) == 16
 
 
 def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -270,15 +264,14 @@ def test_an_altered_folder_is_refused_before_it_is_loaded(folder: Path, tmp_path
     Engine.load(copy, trust_weights=True)
 
 
-def test_an_artifact_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
-    export_checkpoint(write_checkpoint(tmp_path / "c"), tmp_path / "o", precision="fp32", prefill_chunk=4)
-    engine = Engine.load(tmp_path / "o")
+def test_an_artifact_without_a_tokenizer_takes_ids_only(onnx_folder: Folder) -> None:
+    engine = Engine.load(onnx_folder())
     with pytest.raises(GenerationError, match="no tokenizer: pass token ids"):
         engine.stream("text")
     output = engine.generate([[1, 2]], SamplingParams(max_tokens=2, ignore_eos=True))[0]
     assert (len(output.tokens), output.text) == (2, "")
     with pytest.raises(ManifestError, match=r"has no tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path / "o")
+        Tokenizer.from_folder(onnx_folder())
 
 
 def test_chat_templates_run_in_a_sandbox(folder: Path, tmp_path: Path) -> None:
@@ -383,6 +376,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_memory_stays_flat_over_50_000_tokens(folder: Path) -> None:
     """One long text, then many short ones, two samples each, some left; sessions come and go."""
@@ -408,6 +402,7 @@ def test_memory_stays_flat_over_50_000_tokens(folder: Path) -> None:
         assert resident_bytes() - before < 5_000_000
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_step_takes_as_long_at_40_windows_as_at_2(onnx_folder: Folder) -> None:
     """Medians of steps taken in turn, in one run; a cache that grew would take twenty times as long."""

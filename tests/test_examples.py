@@ -18,10 +18,9 @@ from typing import Any, get_args
 
 import pytest
 
-from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, FinishReason, Metrics, SamplingParams, Session, Stream
 from mistral_trt.runtime.sampling.sampler import Sampler
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, REFERENCE = ROOT / "examples", (ROOT / "docs" / "runtime.md").read_text()
@@ -30,12 +29,9 @@ ENDLESS = {"prompt": "go on", "max_tokens": 500_000, "ignore_eos": True, "stream
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(onnx_folder: Folder) -> Path:
     """A tiny artifact with text and one row: a second request has to wait."""
-    root = tmp_path_factory.mktemp("text")
-    checkpoint = write_tokenizer(write_checkpoint(root / "checkpoint", vocab_size=259, eos_token_id=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=1)
-    return root / "onnx"
+    return onnx_folder(tokenizer=True, vocab_size=259, eos_token_id=1, max_batch_size=1)
 
 
 def run(name: str, *arguments: object, stdin: str = "") -> str:

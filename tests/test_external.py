@@ -43,6 +43,8 @@ from tests.models import write_checkpoint, write_tokenizer
 
 trt = pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Folder = Callable[..., Path]
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 192, "vocab_size": 259}
 
@@ -165,7 +167,7 @@ def check_replaced(folder: Path) -> None:
     assert not any(network.are_weights_marked_refittable(name) for name in others)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_weight_becomes_a_placeholder(folders: Folder, precision: str) -> None:
     check_replaced(folders(precision))
 

@@ -10,18 +10,14 @@ from typing import Any
 import pytest
 
 from mistral_trt.cli import run
-from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime import Engine, Piece, SamplingParams, Stream
 from mistral_trt.runtime import __main__ as command
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    checkpoint = write_tokenizer(write_checkpoint(root / "checkpoint", vocab_size=259, eos_token_id=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4)
-    return root / "onnx"
+def folder(onnx_folder: Folder) -> Path:
+    return onnx_folder(tokenizer=True, vocab_size=259, eos_token_id=1)
 
 
 def test_generate_prints_what_the_engine_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

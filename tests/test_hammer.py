@@ -32,6 +32,8 @@ from tests.token_backend import (
     tokens_of,
 )
 
+pytestmark = pytest.mark.alone
+
 ROWS = 6
 MEMORY_RINGS = 3
 PLANTED = "planted"

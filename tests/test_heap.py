@@ -44,6 +44,7 @@ def check() -> None:
     assert faults(4) > outside / 2, "as it was before"
 
 
+@pytest.mark.alone
 def test_freed_blocks_are_reused_and_given_back() -> None:
     subprocess.run([sys.executable, "-c", "from tests.test_heap import check; check()"], check=True)
 

@@ -21,6 +21,8 @@ from tests.checkpoints import SINGLE, altered, hub_cache, sharded
 from tests.conftest import Folder
 from tests.graphs import check_weights, files_of
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 NORM = "model.norm.weight"
 
 

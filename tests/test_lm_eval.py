@@ -17,11 +17,10 @@ import pytest
 
 from mistral_trt.cli import main
 from mistral_trt.errors import GenerationError, MissingDependencyError, ValidationError
-from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.tasks import evaluation
 from mistral_trt.validate.tasks.items import MultipleChoice
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
 
 ADAPTER, TASKS = (f"mistral_trt.validate.tasks.lm_eval_{name}" for name in ("adapter", "tasks"))
 
@@ -89,12 +88,10 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, type]]:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def reader(tiny_checkpoint: Folder, onnx_folder: Folder) -> tuple[Path, Path]:
     """A checkpoint with a tokenizer of bytes, W = 8, and its ONNX folder."""
-    root = tmp_path_factory.mktemp("reader")
-    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259, num_hidden_layers=1))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=1)
-    return checkpoint, root / "onnx"
+    text = {"tokenizer": True, "vocab_size": 259, "num_hidden_layers": 1}
+    return tiny_checkpoint(**text), onnx_folder(max_batch_size=1, **text)
 
 
 @pytest.fixture
@@ -157,12 +154,11 @@ def test_a_long_text_is_read_in_one_go(models: list[Any]) -> None:
     assert models[0].loglikelihood_rolling([Request(("",))]) == [0]
 
 
-def test_without_a_window_a_long_text_is_read_in_pieces(lm_eval: dict[str, type], tmp_path: Path) -> None:
-    checkpoint = write_tokenizer(
-        write_checkpoint(tmp_path / "ck", vocab_size=259, sliding_window=None, num_hidden_layers=1)
-    )
-    folder = tmp_path / "onnx"
-    export_checkpoint(checkpoint, folder, precision="fp32", prefill_chunk=4, max_batch_size=1, max_context=16)
+def test_without_a_window_a_long_text_is_read_in_pieces(
+    lm_eval: dict[str, type], tiny_checkpoint: Folder, onnx_folder: Folder
+) -> None:
+    text = {"tokenizer": True, "vocab_size": 259, "sliding_window": None, "num_hidden_layers": 1}
+    checkpoint, folder = tiny_checkpoint(**text), onnx_folder(max_batch_size=1, max_context=16, **text)
     import_module(ADAPTER)
     made: Any = lm_eval["mistral-trt"]
     models = [made(folder=str(folder)), made(folder=str(folder), reference=str(checkpoint))]

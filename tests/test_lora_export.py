@@ -23,6 +23,8 @@ from tests.graphs import weights_of
 from tests.models import write_tokenizer
 from tests.test_lora import merge_by_peft, train
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 LAYER: dict[str, object] = {"num_hidden_layers": 1}
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.0.mlp.down_proj.weight"

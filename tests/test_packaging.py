@@ -140,6 +140,7 @@ def test_the_runtime_puts_off_what_only_some_of_its_users_need(tmp_path: Path) -
     assert loaded("mistral_trt.runtime, jinja2", tmp_path, DEFERRED).stdout == "['jinja2']\n"
 
 
+@pytest.mark.alone
 def test_the_runtime_is_imported_in_a_moment(tmp_path: Path) -> None:
     runtime = "import mistral_trt.runtime"
     assert seconds(runtime, tmp_path) <= IMPORT_MAX_S

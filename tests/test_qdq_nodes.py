@@ -232,11 +232,6 @@ def test_everything_else_is_as_it_was(float16: ir.Model, precision: str, kept: t
         assert after == before
 
 
-def test_a_quantized_precision_starts_from_the_float16_graph(built_graph: BuiltGraph) -> None:
-    """So that tests may trace one graph for all of them."""
-    assert proto_of(built_graph(contract_of("int8"))) == proto_of(built_graph(contract_of("fp16")))
-
-
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_the_graph_keeps_its_contract(float16: ir.Model, precision: str) -> None:
     contract = contract_of(precision)

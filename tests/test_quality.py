@@ -1,8 +1,7 @@
 """What quantization costs, measured; and which linears stay float16 so that it costs no more than asked."""
 
-import gc
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,15 +44,6 @@ W = 8
 NAMES = linear_names(TINY, lm_head=True)
 FIRST, SECOND = NAMES[:7], NAMES[7:14]
 ANYTHING = Budget("kl", 1e9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Calibration collects garbage after each layer: it need not look through what was imported each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @dataclass(frozen=True)

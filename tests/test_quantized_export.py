@@ -1,17 +1,15 @@
 """Quantized exports from checkpoint to logits: calibrated ones, and checkpoints that are stored quantized."""
 
-import gc
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -23,7 +21,6 @@ from transformers import MistralForCausalLM
 from mistral_trt.cli import main
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.errors import CalibrationError, CheckpointError, ConfigError, MissingDependencyError
-from mistral_trt.export import onnx_folder as stage
 from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.export.quantization import scheme as scheme_module
@@ -39,12 +36,14 @@ from mistral_trt.runtime.engine import Engine, open_cache
 from mistral_trt.validate.scenarios.scenario import Name, play, scenarios
 from tests import test_stored_codes as stored
 from tests.checkpoints import SINGLE, altered
-from tests.conftest import BuiltGraph, Folder
+from tests.conftest import Folder
 from tests.graphs import files_of, initializers_of, numbers_of
 from tests.models import write_tokenizer
 from tests.test_lora import merge_by_peft, train
 
 pytest.importorskip("modelopt.torch.quantization")  # quietly: importing it warns of torch's plans
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 VOCAB, W, C = 259, 8, 4
 LENGTH = 40  # R = 12: the ring wraps three times
@@ -90,27 +89,6 @@ class Exported:
 
 
 Export: TypeAlias = Callable[..., Exported]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Calibration collects garbage after each layer: it need not look through what was imported each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace(built_graph: BuiltGraph) -> Iterator[None]:
-    """Graphs are traced once: before Q/DQ nodes, all precisions with float16 rings have the same one."""
-
-    def build(contract: GraphContract) -> ir.Model:
-        return built_graph(replace(contract, precision="fp16"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "build_graph", build)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,19 +15,18 @@ from mistral_trt.engines import gpu as gpu_module
 from mistral_trt.engines.gpu import find_gpu, load_catalogue
 from mistral_trt.engines.targets import parse_gpus
 from mistral_trt.errors import GpuError
-from mistral_trt.export.onnx_folder import export_checkpoint
-from tests.models import write_checkpoint, write_tokenizer
+from tests.conftest import Folder
+from tests.models import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_embed_example_runs(tmp_path: Path) -> None:
+def test_the_embed_example_runs(onnx_folder: Folder, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line]) <= 10
-    checkpoint = write_tokenizer(write_checkpoint(tmp_path / "checkpoint", vocab_size=259))
-    artifact = tmp_path / "build" / "demo" / "onnx-fp16"
-    export_checkpoint(checkpoint, artifact, precision="fp16", prefill_chunk=4)
+    artifact = onnx_folder(precision="fp16", tokenizer=True, vocab_size=259)
+    shutil.copytree(artifact, tmp_path / "build" / "demo" / "onnx-fp16")
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -30,6 +30,8 @@ from tests.models import write_checkpoint, write_tokenizer
 
 pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Folder = Callable[..., Path]
 PLAN = b"a plan" * 1000
 SIZES = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 192, "vocab_size": 259}

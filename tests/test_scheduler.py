@@ -143,6 +143,7 @@ def test_what_is_the_schedulers_threads_own_is_touched_by_no_other(
     assert len(threads) >= 3 and set().union(*threads.values()) == {NAME}
 
 
+@pytest.mark.alone
 def test_an_idle_engine_sleeps(engine: Engine) -> None:
     engine.generate([prompt(3)], greedy(5))
     before = time.process_time()

@@ -3,9 +3,8 @@
 Faults are planted in copies of the files: each is one that export could make, or that a disk or a hand could.
 """
 
-import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,14 +12,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import MistralForCausalLM
 
 from mistral_trt.contract import QUANTIZED, GraphContract
-from mistral_trt.export import onnx_folder as stage
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
 from mistral_trt.export.onnx_folder import export_checkpoint
@@ -34,11 +31,13 @@ from mistral_trt.validate.weights.distance import spacing
 from mistral_trt.validate.weights.graph import nibbles
 from mistral_trt.validate.weights.linear import norm_of, readers_of
 from tests.checkpoints import SINGLE, altered, mistral_format
-from tests.conftest import BuiltGraph, Folder
+from tests.conftest import Folder
 from tests.graphs import numbers_of
 from tests.models import write_tokenizer
 from tests.test_lora import train
 from tests.test_quantized_export import FORMATS, write_stored
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 VOCAB, C = 259, 4
 SETTINGS = QuantizationSettings(samples=4, tokens=32)
@@ -73,28 +72,6 @@ class Pair:
 
 
 Made: TypeAlias = Callable[..., Pair]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Calibration collects garbage after each layer: it need not look through what was imported each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace(built_graph: BuiltGraph) -> Iterator[None]:
-    """Graphs are traced once for each dtype of the rings."""
-
-    def build(contract: GraphContract) -> ir.Model:
-        precision = "fp16" if contract.precision in QUANTIZED else contract.precision
-        return built_graph(replace(contract, precision=precision))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "build_graph", build)
-        yield
 
 
 def random_norms(seed: int) -> dict[str, torch.Tensor]:

@@ -57,12 +57,10 @@ def never(tokens: Sequence[int]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def reader(tiny_checkpoint: Folder, onnx_folder: Folder) -> tuple[Path, Path]:
     """A checkpoint with a tokenizer, W = 8, and its ONNX folder."""
-    root = tmp_path_factory.mktemp("reader")
-    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259))
-    export_checkpoint(checkpoint, root / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=1)
-    return checkpoint, root / "onnx"
+    text = {"tokenizer": True, "vocab_size": 259}
+    return tiny_checkpoint(**text), onnx_folder(max_batch_size=1, **text)
 
 
 @pytest.fixture(scope="module")
@@ -350,13 +348,12 @@ def test_recall_crosses_the_window_twice_and_agrees(reader: tuple[Path, Path], t
     assert found["overall"]["loglikelihood_difference"]["max"] < 1e-3
 
 
-def test_without_a_window_what_is_past_the_context_is_left_out(tmp_path: Path, task_file: Path) -> None:
-    checkpoint = write_tokenizer(
-        write_checkpoint(tmp_path / "ck", vocab_size=259, sliding_window=None, num_hidden_layers=1)
-    )
-    folder = tmp_path / "onnx"
-    export_checkpoint(checkpoint, folder, precision="fp32", prefill_chunk=4, max_batch_size=1, max_context=24)
-    _, found = run((checkpoint, folder), tmp_path / "out", "--tasks", task_file)
+def test_without_a_window_what_is_past_the_context_is_left_out(
+    tiny_checkpoint: Folder, onnx_folder: Folder, tmp_path: Path, task_file: Path
+) -> None:
+    text = {"tokenizer": True, "vocab_size": 259, "sliding_window": None, "num_hidden_layers": 1}
+    pair = tiny_checkpoint(**text), onnx_folder(max_batch_size=1, max_context=24, **text)
+    _, found = run(pair, tmp_path / "out", "--tasks", task_file)
     assert [item["number"] for item in found["skipped"]] == [2, 4]
     assert "max_context of 24 tokens" in found["skipped"][0]["why"]
     assert found["overall"]["same"]["value"] == 1

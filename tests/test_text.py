@@ -26,7 +26,7 @@ from tests.models import write_tokenizer
 
 SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 KINDS = ["byte tokens", "byte level"]
-TEXT = (Path(__file__).parent.parent / "validate" / "text.txt").read_text("utf-8")
+TEXT = (Path(__file__).parent.parent / "validate" / "scenarios" / "text.txt").read_text("utf-8")
 PIECES = ["a", " the", "漢", "🙂", "é", "\n", "▁", "\ufffd", "👩‍👩‍👧", "  ", "xyz"]
 
 Opened: TypeAlias = Callable[[str], Tokenizer]

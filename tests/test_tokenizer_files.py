@@ -29,7 +29,7 @@ from mistral_trt.runtime.text.tokenizer import Tokenizer
 from tests.models import write_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
-TEXT = (Path(__file__).parent.parent / "validate" / "text.txt").read_text("utf-8")
+TEXT = (Path(__file__).parent.parent / "validate" / "scenarios" / "text.txt").read_text("utf-8")
 SOURCES = {
     "v1": ("tokenizer.model.v1", "tokenizer.model"),
     "v2": ("mistral_instruct_tokenizer_240216.model.v2", "mistral_instruct_tokenizer_240216.model.v2"),

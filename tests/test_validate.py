@@ -360,10 +360,10 @@ def test_the_window_that_was_exported_is_the_one_compared(reader: tuple[Path, Pa
 
 
 @pytest.fixture(scope="module")
-def int8_reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def int8_reader(tiny_checkpoint: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An int8 ONNX folder with a tokenizer, and its checkpoint."""
     root = tmp_path_factory.mktemp("int8")
-    checkpoint = write_tokenizer(write_checkpoint(root / "ck", vocab_size=259, num_hidden_layers=1))
+    checkpoint = tiny_checkpoint(tokenizer=True, vocab_size=259, num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         export_checkpoint(
