@@ -105,6 +105,14 @@ def test_some_rows_idle_and_all_decode_at_once_past_the_ring() -> None:
     assert any(call.start == 0 and call.kind == "prefill" for call in calls(scenario)), "a used row, anew"
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_row_with_a_context_idles_in_a_step_that_covers_it(rows: int) -> None:
+    scenario = planned("rows", batched(8, 4, rows), 100)
+    first = next(call for call in scenario.calls if isinstance(call, Together))
+    assert first.positions[0] is None and first.positions[-1] is not None
+    assert any(isinstance(call, Call) and call.kind == "context" and call.row == 0 for call in scenario.calls)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rows_give_the_logits_of_one_row(rows: int, onnx_folder: Folder) -> None:
     cache = open_cache(onnx_folder(max_batch_size=rows), threads=1)

@@ -1,31 +1,26 @@
-"""`validate` end to end: healthy artifacts pass, and every planted fault is caught by its own gates.
+"""`validate` end to end: what it compares, what it reports and what it refuses.  W = 8, C = 4, R = 12.
 
-A fault is planted where it would be made: in a function of the decoder while the graph is exported, in the
-ring's arithmetic, or in the runtime. W = 8, C = 4, R = 12.
+Planted faults have tests of their own: test_mutations.py.
 """
 
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _pytest.mark import ParameterSet
-from torch import Tensor
 
-from mistral_trt.contract import Ring
 from mistral_trt.errors import ArtifactError, ManifestError, ValidationError
-from mistral_trt.export import decoder
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.manifest import read_manifest
-from mistral_trt.runtime.cache import Logits, RollingCache, Step
+from mistral_trt.runtime.cache import Logits, RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate import opening as opening_module
@@ -40,213 +35,15 @@ from mistral_trt.validate.report.report import Report
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
+from tests.planted_runtime import nan_at_50
 
 LENGTH = 100
-ROUNDING = {"fp32": "kl_max", "fp16": "kl_mean"}
-"""The gate that the weakest faults trip first."""
-
-Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A planted fault and a gate that must fail; "" stands for the rounding gate of the precision."""
-
-    name: str
-    gate: str
-    patch: Patch
-
-
-def mask(rule: Callable[[Tensor, Tensor, int], Tensor]) -> Patch:
-    """Replace the mask.  rule: (held [B, 1, 1, R], query [B, 1, S, 1], W) -> bool [B, 1, S, R]"""
-
-    def visible_slots(position_ids: Tensor, ring: Ring) -> Tensor:
-        held = decoder.held_positions(position_ids, ring)[:, None, None, :]
-        return rule(held, position_ids[:, None, :, None], ring.sliding_window)
-
-    return lambda patch: patch.setattr(decoder, "visible_slots", visible_slots)
-
-
-def slot_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    def write_slot(position_ids: Tensor, ring: Ring) -> Tensor:
-        return torch.remainder(position_ids[:, 0] + 1, ring.capacity)
-
-    patch.setattr(decoder, "write_slot", write_slot)
-
-
-def unrotated(heads: str) -> Patch:
-    """Leave the rotary embedding of queries or keys out, by an angle of zero."""
-    rotate = decoder.Attention.rotate
-
-    def leave(self: decoder.Attention, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        if x.shape[1] == getattr(self, heads):
-            rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
-        return rotate(self, x, rotary)
-
-    return lambda patch: patch.setattr(decoder.Attention, "rotate", leave)
-
-
-def rope_theta_doubled(patch: pytest.MonkeyPatch) -> None:
-    init = decoder.RotaryAngles.__init__
-
-    def doubled(self: decoder.RotaryAngles, size: int, theta: float, dtype: torch.dtype) -> None:
-        init(self, size, 2 * theta, dtype)
-
-    patch.setattr(decoder.RotaryAngles, "__init__", doubled)
-
-
-def epsilon_too_large(patch: pytest.MonkeyPatch) -> None:
-    init = decoder.RMSNorm.__init__
-
-    def larger(self: decoder.RMSNorm, size: int, eps: float, dtype: torch.dtype) -> None:
-        init(self, size, 100 * eps, dtype)
-
-    patch.setattr(decoder.RMSNorm, "__init__", larger)
-
-
-def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
-    def forward(self: decoder.MLP, x: Tensor) -> Tensor:
-        swapped: Tensor = self.down_proj(torch.nn.functional.silu(self.up_proj(x)) * self.gate_proj(x))
-        return swapped
-
-    patch.setattr(decoder.MLP, "forward", forward)
-
-
-def ring_capacity(rule: Callable[[Ring], int]) -> Patch:
-    return lambda patch: patch.setattr(Ring, "capacity", property(rule))
-
-
-def no_chunk_multiple(ring: Ring) -> int:
-    return ring.sliding_window + ring.prefill_chunk - 1
-
-
-def wider_by(tokens: int) -> Patch:
-    return mask(lambda held, query, window: (held >= 0) & (held <= query) & (held > query - window - tokens))
-
-
-ASKED_FOR = [
-    Fault("window one too wide", "hidden_slots_seen", wider_by(1)),
-    Fault("window one too narrow", "visible_slots_unseen", wider_by(-1)),
-    Fault("mask missing", "hidden_slots_seen", mask(lambda h, q, w: h - q == h - q)),
-    Fault("slot off by one", "calls_failed", slot_off_by_one),
-    Fault("unrotated keys", "logit_error_max", unrotated("key_heads")),
-    Fault("a chunk crosses the ring's end", "calls_failed", ring_capacity(no_chunk_multiple)),
-]
-MORE = [
-    Fault("later tokens visible", "logit_error_max", mask(lambda h, q, w: (h >= 0) & (h > q - w))),
-    Fault("empty slots visible", "hidden_slots_seen", mask(lambda h, q, w: (h <= q) & (h > q - w))),
-    Fault("unrotated queries", "logit_error_max", unrotated("query_heads")),
-    Fault("rope_theta doubled", "", rope_theta_doubled),
-    Fault("epsilon times 100", "", epsilon_too_large),
-    Fault("gate and up swapped", "logit_error_max", gate_and_up_swapped),
-    Fault("R a chunk too small", "visible_slots_unseen", ring_capacity(lambda ring: ring.sliding_window)),
-]
-
-
-def graph_cases() -> Iterator[ParameterSet]:
-    """Each fault at both precisions; the unit suite takes those that were asked for, at fp32."""
-    for fault in ASKED_FOR + MORE:
-        for precision in ("fp32", "fp16"):
-            quick = fault in ASKED_FOR and precision == "fp32"
-            marks = () if quick else (pytest.mark.slow,)
-            yield pytest.param(fault, precision, marks=marks, id=f"{fault.name}-{precision}")
-
-
-def forgetful(rings: Callable[[OnnxRuntimeBackend], list[np.ndarray]]) -> Patch:
-    """Zero some rings of the row before every call, as if the cache were not carried."""
-    run = OnnxRuntimeBackend.run
-
-    def forget(self: OnnxRuntimeBackend, step: Step) -> Logits:
-        for ring in rings(self):
-            ring[step.first_row] = 0
-        return run(self, step)
-
-    return lambda patch: patch.setattr(OnnxRuntimeBackend, "run", forget)
-
-
-def altered_step(alter: Callable[[Step], Step]) -> Patch:
-    run = OnnxRuntimeBackend.run
-    return lambda patch: patch.setattr(OnnxRuntimeBackend, "run", lambda self, step: run(self, alter(step)))
-
-
-def chunk_edge_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ring, "room_in_chunk", lambda self, position: self.prefill_chunk)
-
-
-def nan_at_a_position(patch: pytest.MonkeyPatch) -> None:
-    run = OnnxRuntimeBackend.run
-
-    def nan(self: OnnxRuntimeBackend, step: Step) -> Logits:
-        logits = run(self, step)
-        logits[step.position_ids[:, -1] == 50] = np.nan
-        return logits
-
-    patch.setattr(OnnxRuntimeBackend, "run", nan)
-
-
-def at_positions(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
-    return altered_step(lambda step: replace(step, position_ids=change(step.position_ids)))
-
-
-def earlier_logits(step: Step) -> Step:
-    return replace(step, logits_index=np.maximum(step.logits_index - 1, 0))
-
-
-RUNTIME_FAULTS = [
-    Fault("cache not carried", "visible_slots_unseen", forgetful(lambda backend: backend._rings.arrays)),
-    Fault(
-        "last values not carried", "logit_error_max", forgetful(lambda backend: backend._rings.arrays[-1:])
-    ),
-    Fault("positions from one", "logit_error_max", at_positions(lambda positions: positions + 1)),
-    Fault("positions repeat", "logit_error_max", at_positions(lambda positions: positions % 16)),
-    Fault("logits of the token before", "logit_error_max", altered_step(earlier_logits)),
-    Fault("chunk edges ignored", "calls_failed", chunk_edge_ignored),
-    Fault("NaN at one position", "calls_failed", nan_at_a_position),
-]
 
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a short validation is spent on drawing, which test_report.py looks after."""
     monkeypatch.setattr(page, "plots", lambda _: {})
-
-
-def failed_gates(folder: Path, checkpoint: Path, out: Path) -> set[str]:
-    """Run the command; assert exit status 1 and return the gates that failed."""
-    arguments = ["--reference", str(checkpoint), "--out", str(out), "--length", str(LENGTH), "--threads", "1"]
-    status = validate([str(folder), *arguments])
-    found = json.loads((out / "report.json").read_text())
-    assert status == 1
-    assert found["verdict"] == "fail"
-    return {gate["name"] for gate in found["gates"] if not gate["passed"]}
-
-
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize(("fault", "precision"), list(graph_cases()))
-def test_a_fault_in_the_graph_is_caught(
-    fault: Fault, precision: str, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = tiny_checkpoint(num_hidden_layers=1)
-    fault.patch(monkeypatch)
-    export_checkpoint(checkpoint, tmp_path / "onnx", precision=precision, prefill_chunk=4, max_batch_size=1)
-    failed = failed_gates(tmp_path / "onnx", checkpoint, tmp_path / "report")
-    assert (fault.gate or ROUNDING[precision]) in failed
-
-
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("fault", RUNTIME_FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_in_the_runtime_is_caught(
-    fault: Fault,
-    precision: str,
-    tiny_checkpoint: Folder,
-    onnx_folder: Folder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = onnx_folder(precision=precision)
-    fault.patch(monkeypatch)
-    assert fault.gate in failed_gates(folder, tiny_checkpoint(), tmp_path / "report")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -448,7 +245,7 @@ def test_a_call_that_fails_while_generating_is_a_finding(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Position 50 is the 26th after a prompt of 25: its token was chosen, what follows was not."""
-    nan_at_a_position(monkeypatch)
+    nan_at_50(monkeypatch)
     result = compare(onnx_folder(), tiny_checkpoint(), tmp_path / "report", length=LENGTH)
     calls = next(gate for gate in result.failed if gate.name == "calls_failed")
     assert "greedy" in calls.measured.where.split("; ")
@@ -567,12 +364,3 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     assert short.startswith("RuntimeError: first")
     assert short.endswith(" last")
     assert len(short) < 260
-
-
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.slow
-def test_what_the_faults_are_planted_into_is_healthy(
-    onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path
-) -> None:
-    folder = onnx_folder(num_hidden_layers=1, max_batch_size=1)
-    assert compare(folder, tiny_checkpoint(num_hidden_layers=1), tmp_path / "r", length=LENGTH).passed

@@ -189,8 +189,10 @@ def _padded(ring: Ring, length: int, seed: int) -> tuple[Call, ...]:
 
 
 def _rows(contract: GraphContract, length: int, stops: Sequence[int]) -> Scenario:
-    """Rows at different positions in the same calls; they join one after another, so some idle at first.
+    """Rows at different positions in the same calls; they join one after another, the last row first.
 
+    A step covers every row up to the highest that decodes: those that join later idle in it, their context
+    behind them.
     At the end row 0, full of its old sequence, is given to a new one.
     """
     reach = max(_MOST_ROWS, _reach(contract.ring))
@@ -198,8 +200,9 @@ def _rows(contract: GraphContract, length: int, stops: Sequence[int]) -> Scenari
     last = max(0, length - span)
     starts = _spread([min(max(0, stop - reach), last) for stop in stops], contract.max_batch_size)
     calls: list[Call | Together] = [Call(0, s, "context", row=r) for r, s in enumerate(starts) if s]
+    waits = [(len(starts) - 1 - row, start) for row, start in enumerate(starts)]
     for k in range(span + len(starts) - 1):
-        fed = tuple(_in_turn(k - row, start, min(start + span, length)) for row, start in enumerate(starts))
+        fed = tuple(_in_turn(k - wait, start, min(start + span, length)) for wait, start in waits)
         if any(position is not None for position in fed):
             calls.append(Together(fed))
     anew = min(length, contract.ring.prefill_chunk)
