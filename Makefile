@@ -85,7 +85,7 @@ EXPORT_FLAGS = $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefil
   $(QUANTIZATION)
 BUILD_FLAGS = --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization bench-runtime clean .engine .report .onnx
+.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization bench-runtime bench-validation clean .engine .report .onnx
 
 help: ## show this list
 	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [BUDGET=default] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
@@ -158,6 +158,9 @@ bench-export: $(READY) ## exports at full size, beside a copy of the files and b
 
 bench-runtime: $(READY) ## what the runtime costs beside the graph, and beside onnxruntime-genai: a few minutes
 	$(BIN)/python bench/runtime.py --out bench/results/runtime.json
+
+bench-validation: $(READY) ## healthy artifacts of every precision against the gates' limits: half an hour, goes on after a stop
+	$(BIN)/python bench/validation.py --out bench/results/validation.json
 
 gpu-acceptance: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## on a machine with GPU=…: its engine loaded, compared, timed
 	@$(if $(or $(LORA),$(word 2,$(subst $(comma), ,$(GPU)))),echo 'gpu-acceptance takes one GPU and no LORA' >&2; exit 2)

@@ -64,7 +64,7 @@ def test_a_gate_that_went_from_pass_to_fail_is_status_1_and_back_is_0(
     assert main(["compare", healthy, wrong]) == 1
     out = capsys.readouterr().out
     assert "verdict: pass → fail" in out
-    assert "✓ → ✗  Layer update error, worst layer: 0.00108 → 0.0864 (× 80.04), at most 0.02" in out
+    assert "✓ → ✗  Layer update error, worst layer: 0.00108 → 0.0864 (× 80.04), at most 0.006" in out
     assert "layer 7   0.00108 → 0.0864 (× 80.04)" in out
     assert out.count("  layer ") == 1, "the layers that did not change are not listed"
     assert out.endswith("worse: Layer update error, worst layer\n")

@@ -34,7 +34,7 @@ def test_there_is_a_case_for_every_gate_and_its_counts_add_up() -> None:
 def test_a_failure_says_value_limit_place_and_reason() -> None:
     found = full_report(layers=layer_findings(wrong=7))
     (failure,) = suite(found).findall("testcase/failure")
-    assert failure.get("message") == "Layer update error, worst layer: 0.0864, allowed at most 0.02"
+    assert failure.get("message") == "Layer update error, worst layer: 0.0864, allowed at most 0.006"
     text = failure.text or ""
     assert "where: layer 7 (position 11)" in text
     assert "why this limit: " in text

@@ -61,6 +61,15 @@ def validate_artifact(job: Job) -> Report:
     """
     require_apart(job.out, job.folder)
     require_apart(job.out, job.reference)
+    trial, limits = prepare(job)
+    with new_artifact(job.out, JSON_NAME) as partial:
+        report = run(trial, limits)
+        write_report(report, partial)
+    return report
+
+
+def prepare(job: Job) -> tuple[Trial, list[Gate]]:
+    """What is to be compared and what it is held to; whatever can be refused is refused here."""
     subject = open_subject(job.folder, job.onnx)
     limits = table.read_gates(subject.contract.precision, override=job.gates)
     if job.streaming and subject.runs_engine:
@@ -69,11 +78,7 @@ def validate_artifact(job: Job) -> Report:
     require_same_checkpoint(subject.manifest, source)
     tokens = choose_tokens(job, subject)
     require_memory(source, len(tokens.ids), streaming=job.streaming)
-    trial = Trial(job, subject, source, tokens, plan(job, subject, source, len(tokens.ids)))
-    with new_artifact(job.out, JSON_NAME) as partial:
-        report = run(trial, limits)
-        write_report(report, partial)
-    return report
+    return Trial(job, subject, source, tokens, plan(job, subject, source, len(tokens.ids))), limits
 
 
 def choose_tokens(job: Job, subject: Subject) -> Tokens:
