@@ -1,7 +1,8 @@
 """The whole pipeline on one checkpoint → the README's figures, as a table and as JSON.
 
 Times are whole processes, started cold; the decode step is the median of 100 steps after ten, with the
-ring full. Run it on a quiet machine: python bench/pipeline.py CHECKPOINT --out FILE
+ring full. Figures of parts that are not run are kept. Run it on a quiet machine:
+python bench/pipeline.py CHECKPOINT --out FILE
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +22,41 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.engine import open_cache
 
 
+PARTS = ("export", "build", "decode", "validate")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
+    kept = json.loads(args.out.read_text())["figures"] if args.out.is_file() else {}
     with tempfile.TemporaryDirectory(dir=".") as scratch:
-        figures = {"machine": machine(), "figures": measure(args.checkpoint, Path(scratch))}
+        found = measure(args.checkpoint, Path(scratch), args.only)
+    figures = {"machine": machine(), "figures": kept | found}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(table(figures["figures"]))
     return 0
 
 
-def measure(checkpoint: Path, scratch: Path) -> dict[str, Any]:
+def measure(checkpoint: Path, scratch: Path, parts: Sequence[str]) -> dict[str, Any]:
     """precision or GPU → its figures."""
     figures: dict[str, Any] = {}
     for precision in ("fp32", "fp16", "bf16"):
         folder = scratch / f"onnx-{precision}"
         seconds = timed("export", str(checkpoint), "--out", str(folder), "--precision", precision)
-        figures[f"export {precision}"] = {"seconds": seconds, "bytes": total_bytes(folder)}
-    for gpu, precision in (("a10g", "fp16"), ("l4", "bf16")):
+        if "export" in parts:
+            figures[f"export {precision}"] = {"seconds": seconds, "bytes": total_bytes(folder)}
+    for gpu, precision in (("a10g", "fp16"), ("l4", "bf16")) if "build" in parts else ():
         folder = scratch / f"{gpu}-{precision}"
         onnx = str(scratch / f"onnx-{precision}")
         seconds = timed("build", onnx, "--gpu", gpu, "--out", str(folder), "--no-cache")
         figures[f"build {gpu} {precision}"] = {"seconds": seconds, "bytes": total_bytes(folder)}
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16") if "decode" in parts else ():
         figures[f"decode {precision}"] = decode(scratch / f"onnx-{precision}")
-    for precision in ("fp32", "fp16", "bf16"):
+    for precision in ("fp32", "fp16", "bf16") if "validate" in parts else ():
         figures[f"validate {precision}"] = validate(checkpoint, scratch, precision)
     return figures
 
@@ -80,7 +89,8 @@ def validate(checkpoint: Path, scratch: Path, precision: str) -> dict[str, Any]:
     seconds = timed("validate", onnx, "--reference", str(checkpoint), "--out", str(out))
     report = json.loads((out / "report.json").read_text())
     gates = {gate["name"]: gate["value"] for gate in report["gates"]}
-    return {"seconds": seconds, "verdict": report["verdict"], **gates}
+    positions = sum(scenario["summary"]["positions"] for scenario in report["scenarios"])
+    return {"seconds": seconds, "verdict": report["verdict"], "positions": positions, **gates}
 
 
 def timed(*arguments: str) -> float:
