@@ -21,7 +21,6 @@ from process import machine
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.engine import open_cache
 
-
 PARTS = ("export", "build", "decode", "validate")
 
 
