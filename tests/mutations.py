@@ -68,7 +68,9 @@ MUTATIONS = (
     in_graph(
         "window one too narrow", "fp16", VISIBLE, graph.wider_by(-1), LOGIT, *MEANS, *FAR, TOP1, UPDATE, *OWN
     ),
-    in_graph("window one too narrow", "int8", VISIBLE, graph.wider_by(-1), UPDATE, "own_top1_agreement"),
+    in_graph(
+        "window one too narrow", "int8", VISIBLE, graph.wider_by(-1), "own_kl_mean", "own_top1_agreement"
+    ),
     in_graph("mask missing", "fp32", HIDDEN, graph.mask_missing, WRONG, LOGIT, *FAR, TOP1, UPDATE),
     in_graph("mask transposed", "fp32", LOGIT, graph.mask_transposed, WRONG, VISIBLE, *FAR, TOP1, UPDATE),
     in_graph("padding and later tokens attended", "fp32", LOGIT, graph.later_attended, *FAR, TOP1, UPDATE),
@@ -239,7 +241,12 @@ MUTATIONS = (
     in_runtime("chunk edges ignored", "fp32", CALLS, runtime.chunk_edges_ignored),
     in_runtime("NaN at one position", "fp16", CALLS, runtime.nan_at_50),
     in_codes(
-        "a scale times 2", "int8", WRONG, files.scale_times(2, f"{Q}_scale"), UPDATE, "own_top1_agreement"
+        "a scale times 2",
+        "int8",
+        WRONG,
+        files.scale_times(2, f"{Q}_scale"),
+        "own_kl_mean",
+        "own_top1_agreement",
     ),
     in_codes("one scale for all channels", "int8-weight-only", WRONG, files.one_scale_for_all),
     in_codes(
