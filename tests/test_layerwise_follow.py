@@ -129,7 +129,7 @@ def test_what_is_left_gives_every_scenarios_logits(pair: Pair) -> None:
     assert set(followed.hidden) == set(recordings)
     with SegmentedArtifact(pair.folder, pair.contract, threads=1) as artifact:
         for name, recording in recordings.items():
-            found = np.concatenate([x for _, x in artifact.logits(recording, followed.hidden[name])])
+            found = np.concatenate([x[0] for x in artifact.logits(recording, followed.hidden[name])])
             np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -198,7 +198,9 @@ def test_without_accumulation_the_reading_alone_is_run(pair: Pair) -> None:
 
 
 def test_what_cannot_be_compared_is_refused(pair: Pair, tiny_checkpoint: Folder) -> None:
-    with pytest.raises(ValidationError, match=r"'prefill' feeds token \d+ at position 0 where the reference"):
+    with pytest.raises(
+        ValidationError, match=r"the recording feeds token \d+ at position 0 where the reference"
+    ):
         pair.follow(tokens=tuple(t ^ 1 for t in TOKENS))
     with pytest.raises(ValidationError, match=f"position {LENGTH} was not fed"):
         pair.follow(tokens=(*TOKENS, 0))
