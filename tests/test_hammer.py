@@ -41,16 +41,17 @@ EXCUSES = (PLANTED, "non-finite", "NaN", "its ring was dropped", "cannot be read
 
 
 def faults(backend: TokenBackend, monkeypatch: pytest.MonkeyPatch, *, every: int) -> None:
-    """One of so many calls of the backend and of the disk fails; zeroing a row, which must not, never."""
+    """One of `every` calls of the backend fails; zeroing a row, which must not, never. Of the disk, which is
+    asked far less, one in ten."""
     draw, lock = np.random.default_rng(5), threading.Lock()
 
-    def strikes() -> bool:
+    def strikes(every: int = every) -> bool:
         with lock:
             return int(draw.integers(every)) == 0
 
-    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def failing(function: Callable[..., Any], every: int = every) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            if arguments[-1] is not None and strikes():
+            if arguments[-1] is not None and strikes(every):
                 raise OSError(f"{PLANTED} in {function.__name__}")
             return function(*arguments)
 
@@ -59,7 +60,7 @@ def faults(backend: TokenBackend, monkeypatch: pytest.MonkeyPatch, *, every: int
     for name in ("run", "read_row", "write_row", "copy_row"):
         monkeypatch.setattr(backend, name, failing(getattr(backend, name)))
     for name in ("write_ring", "read_ring"):
-        monkeypatch.setattr(ring_folder_module, name, failing(getattr(ring_folder_module, name)))
+        monkeypatch.setattr(ring_folder_module, name, failing(getattr(ring_folder_module, name), 10))
     backend.after = lambda step, logits: logits.fill(np.nan) if strikes() else None
 
 

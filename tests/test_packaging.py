@@ -107,8 +107,8 @@ print(sorted({heavy} & set(sys.modules)))
 DEFERRED = {"jinja2", "importlib.metadata", "email"}
 """What the runtime needs sooner or later, and not to be imported."""
 IMPORT_MAX_S = 0.3
-TIMED = "import time; started = time.process_time(); {code}; print(time.process_time() - started)"
-"""Seconds of the processor: those of other jobs on the machine do not count."""
+TIMED = "import time; started = time.thread_time(); {code}; print(time.thread_time() - started)"
+"""Seconds the importing thread had the processor: neither other jobs count, nor numpy's threads that wait."""
 
 
 def loaded(module: str, cwd: Path, heavy: set[str] = HEAVY) -> subprocess.CompletedProcess[str]:
@@ -144,7 +144,7 @@ def test_the_runtime_puts_off_what_only_some_of_its_users_need(tmp_path: Path) -
 def test_the_runtime_is_imported_in_a_moment(tmp_path: Path) -> None:
     runtime = "import mistral_trt.runtime"
     assert seconds(runtime, tmp_path) <= IMPORT_MAX_S
-    slowly = f"{runtime}; exec('while time.process_time() - started < 0.31: pass')"
+    slowly = f"{runtime}; exec('while time.thread_time() - started < 0.31: pass')"
     assert seconds(slowly, tmp_path) > IMPORT_MAX_S
 
 
