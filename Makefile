@@ -85,7 +85,7 @@ EXPORT_FLAGS = $(if $(WINDOW),--sliding-window $(WINDOW)) $(if $(CHUNK),--prefil
   $(QUANTIZATION)
 BUILD_FLAGS = --flavor $(FLAVOR) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-quantization bench-runtime bench-validation clean .engine .report .onnx
+.PHONY: help demo engine engines report onnx test test-all lint gpus gpu-acceptance bench bench-build bench-export bench-full-size bench-quantization bench-runtime bench-validation clean .engine .report .onnx
 
 help: ## show this list
 	@echo 'make TARGET [MODEL=checkpoint] [LORA=adapter] [GPU=a10g] [PRECISION=fp16] [WEIGHTS=auto] [BUDGET=default] [WINDOW= CHUNK= MAX_BATCH= MAX_CONTEXT=]'
@@ -161,6 +161,9 @@ bench-runtime: $(READY) ## what the runtime costs beside the graph, and beside o
 
 bench-validation: $(READY) ## healthy artifacts of every precision against the gates' limits: half an hour, goes on after a stop
 	$(BIN)/python bench/validation.py --out bench/results/validation.json
+
+bench-full-size: $(READY) ## a 7B of random weights validated layer by layer within 8 GB: 40 minutes, 29 GB of disk
+	$(BIN)/python bench/full_size.py --out bench/results/full_size.json
 
 gpu-acceptance: $(READY) $(if $(filter $(DEMO_MODEL),$(MODEL)),demo-model) ## on a machine with GPU=…: its engine loaded, compared, timed
 	@$(if $(or $(LORA),$(word 2,$(subst $(comma), ,$(GPU)))),echo 'gpu-acceptance takes one GPU and no LORA' >&2; exit 2)

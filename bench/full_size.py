@@ -6,8 +6,7 @@ poke   the artifact with its own window of 4,096 tokens: the poke probe of one l
 
 Both artifacts lie over the same weight files. Memory is anonymous memory, sampled every 0.1 s (process.py);
 mapped weights come on top as far as the machine has room. Exit status 1 if a gate or a probe fails or the
-memory is above its bound. Figures of
-parts that are not run are kept, with their date.
+memory is above its bound. Figures of parts that are not run are kept, with their date.
 """
 
 import argparse
