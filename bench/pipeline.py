@@ -1,4 +1,4 @@
-"""The whole pipeline on one checkpoint → the README's figures, as a table and as JSON.
+"""The whole pipeline on one checkpoint → the figures of docs/measurements.md, as a table and as JSON.
 
 Times are whole processes, started cold; the decode step is the median of 100 steps after ten, with the
 ring full. Figures of parts that are not run are kept. Run it on a quiet machine:

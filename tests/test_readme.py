@@ -1,4 +1,4 @@
-"""What the README tells a reader to type is typed here."""
+"""What the README tells a reader to type is typed here; its pages under docs/ are held to the same names."""
 
 import os
 import re
@@ -20,6 +20,7 @@ from tests.models import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_embed_example_runs(onnx_folder: Folder, tmp_path: Path) -> None:
@@ -37,19 +38,29 @@ def test_the_embed_example_runs(onnx_folder: Folder, tmp_path: Path) -> None:
 def test_every_command_it_names_exists() -> None:
     commands = set(re.findall(r"^    mistral-trt ([a-z-]+)", README, re.MULTILINE))
     assert len(commands) >= 6
-    assert commands <= set(COMMANDS)
+    for page in PAGES:
+        named = set(re.findall(r"^    mistral-trt ([a-z-]+)", page.read_text(), re.MULTILINE))
+        assert named <= set(COMMANDS), page
 
 
 def test_every_make_target_it_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
-    assert {"demo", "engine"} <= targets
-    assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) | {"target"}
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) | {"target"}
+    assert {"demo", "engine"} <= set(re.findall(r"\bmake ([a-z][a-z-]+)", README)) <= targets
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z][a-z-]+)", page.read_text())) <= targets, page
 
 
 def test_every_file_it_links_exists() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_every_page_is_linked() -> None:
+    linked = {link for page in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())}
+    for page in (ROOT / "docs").glob("*.md"):
+        assert {page.name, f"docs/{page.name}"} & linked, page
 
 
 def test_no_placeholder_is_left() -> None:
