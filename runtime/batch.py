@@ -99,7 +99,10 @@ class Batch:
         elif isinstance(item, Piece):
             self._collected[index][item.index].add(item)
         else:
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # as in `Stream`
 
     def cancel(self) -> None:
         """End what is still in flight."""

@@ -43,7 +43,10 @@ class Stream:
         self._items.put(None)  # for another thread that may be waiting here
         if item is None:
             raise StopIteration
-        raise item
+        try:
+            raise item
+        finally:
+            del item  # or its own frame would keep the error, and with it what the caller's frames hold
 
     def cancel(self) -> None:
         """End the request, from any thread; its row is free at the next step.
@@ -142,7 +145,10 @@ class AsyncStream:
         self._ended, self._owner = True, None
         if item is None:
             raise StopAsyncIteration
-        raise item
+        try:
+            raise item
+        finally:
+            del item  # as in `Stream`
 
     async def _next(self) -> Delivery:
         if self._prepare is not None:

@@ -3,11 +3,13 @@
 W = 8, C = 4, R = 12, on the backend whose model is arithmetic.
 """
 
+import asyncio
+import gc
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ SIZE = token_contract().ring_bytes_per_row
 @pytest.fixture
 def backend() -> TokenBackend:
     return TokenBackend(token_contract(2))
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """What only the garbage collector would free stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class LiveRings:
@@ -450,3 +461,95 @@ def test_a_turn_that_fails_on_the_way_to_its_row_leaves_the_row_free(
                 turn(session, [1])
         eventually(idle(engine))
         assert engine._scheduler._cache.free_rows == 2
+
+
+# ---------------------------------------------------------------- an error keeps nothing
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("name", ["write_ring", "read_ring"])
+def test_a_disk_that_fails_keeps_no_ring_in_memory(
+    backend: TokenBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    live = LiveRings(backend, monkeypatch)
+    works = getattr(ring_folder_module, name)
+
+    def fails_late(*arguments: Any) -> None:
+        found = works(*arguments)
+        raise OSError(5, f"Input/output error after {type(found).__name__}")
+
+    monkeypatch.setattr(ring_folder_module, name, fails_late)
+    with token_engine(backend, session_memory_bytes=0, session_dir=tmp_path) as engine:
+        session = engine.session()
+        turn(session, prompt(5), 2)
+        occupy(engine)
+        eventually(lambda: session._history.ring.row is None and not moving(engine))
+        with pytest.raises(SessionError, match="Input/output error"):
+            turn(session, [1])
+        eventually(lambda: live.count() == 0)
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_an_error_that_is_kept_keeps_no_ring(backend: TokenBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, write = LiveRings(backend, monkeypatch), backend.write_row
+
+    def fails(row: int, rings: Any) -> None:
+        write(row, rings)
+        if rings is not None:
+            try:
+                raise OSError("the device is busy")
+            except OSError as error:
+                raise BackendError("no ring was written") from error
+
+    with token_engine(backend) as engine:
+        session = engine.session()
+        turn(session, prompt(5), 2)
+        occupy(engine)
+        assert live.count() == 1
+        monkeypatch.setattr(backend, "write_row", fails)
+        with pytest.raises(BackendError, match="no ring was written") as kept:
+            turn(session, [1])
+        eventually(lambda: live.count() == 0)
+        assert kept.value.__cause__ is not None and kept.value.__cause__.__traceback__ is not None
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("method", ["stream", "astream", "generate", "fork"])
+def test_an_error_that_is_dropped_keeps_no_session(
+    backend: TokenBackend, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """It had the caller's frames, and the session was one of their variables."""
+
+    def explodes(tokens: Any, logits: Any) -> Any:
+        raise ValueError("as planned")
+
+    params = greedy(3, logits_processors=(explodes,))
+
+    def fails() -> None:
+        session = engine.session()
+        turn(session, prompt(5), 2)
+        assert engine.metrics().idle_sessions == 1
+        if method == "stream":
+            list(session.stream([1], params))
+        elif method == "generate":
+            engine.generate([prompt(2)], params)
+        elif method == "fork":
+            session.fork()
+
+    async def fails_in_a_loop() -> None:
+        session = engine.session()
+        async for _ in session.astream([1], params):
+            pass
+
+    async def loop() -> None:
+        with suppress(GenerationError):
+            await fails_in_a_loop()
+        eventually(lambda: engine.metrics().idle_sessions == 0)
+
+    monkeypatch.setattr(backend, "copy_row", lambda *_: 1 / 0)
+    with token_engine(backend) as engine:
+        if method == "astream":
+            asyncio.run(loop())
+        with suppress(GenerationError, ZeroDivisionError):
+            fails()
+        eventually(lambda: engine.metrics().idle_sessions == 0)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mistral_trt.runtime.cache import RowSnapshot
-from mistral_trt.runtime.rings.ring_folder import RingFolder
+from mistral_trt.runtime.rings.ring_folder import Failure, RingFolder
 from mistral_trt.runtime.rings.session_ring import SessionRing
 
 log = logging.getLogger("mistral_trt.runtime")
@@ -171,12 +171,12 @@ class ParkedRings:
         self._writing = ring.snapshot
         files.write(ring.snapshot, partial(self._has_been_written, ring.snapshot))
 
-    def _has_been_written(self, state: RowSnapshot, found: Path | Exception) -> None:
+    def _has_been_written(self, state: RowSnapshot, found: Path | Failure) -> None:
         """The sessions that have not gone on from memory meanwhile have their ring in the file now."""
         self._writing = None
         for ring in [ring for ring in self._in_memory if ring.snapshot is state]:
-            if isinstance(found, Exception):
-                self.lose(ring, f"this session's ring could not be written to session_dir: {found}")
+            if isinstance(found, Failure):
+                self.lose(ring, f"this session's ring could not be written to session_dir: {found.reason}")
             else:
                 self.take(ring)
                 ring.file = found
@@ -186,12 +186,12 @@ class ParkedRings:
             self._discard(found)
         self._make_room_ahead()
 
-    def _has_been_read(self, file: Path, found: RowSnapshot | Exception) -> None:
+    def _has_been_read(self, file: Path, found: RowSnapshot | Failure) -> None:
         """The sessions that were not closed meanwhile have their ring in memory now."""
         self._reading.discard(file)
         for ring in [ring for ring in self._in_files if ring.file == file]:
-            if isinstance(found, Exception):
-                self.lose(ring, f"this session's ring could not be read back: {found}")
+            if isinstance(found, Failure):
+                self.lose(ring, f"this session's ring could not be read back: {found.reason}")
             else:
                 del self._in_files[ring]
                 self._in_memory[ring] = None

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,13 @@ from mistral_trt.runtime.rings.ring_file import read_ring, write_ring
 log = logging.getLogger("mistral_trt.runtime")
 
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something was not done. Not the exception itself: its frames would keep the ring in memory."""
+
+    reason: str
 
 
 class RingFolder:
@@ -37,11 +45,11 @@ class RingFolder:
         self._count = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mistral-trt-rings")
 
-    def write(self, state: RowSnapshot, done: Callable[[Path | Exception], object]) -> None:
+    def write(self, state: RowSnapshot, done: Callable[[Path | Failure], object]) -> None:
         """Write a ring; `done` gets its file, or what went wrong."""
         self._begin(lambda: self._store(state), done)
 
-    def read(self, path: Path, done: Callable[[RowSnapshot | Exception], object]) -> None:
+    def read(self, path: Path, done: Callable[[RowSnapshot | Failure], object]) -> None:
         """Read a ring; `done` gets it, or what went wrong."""
         self._begin(lambda: self._fetch(path), done)
 
@@ -55,19 +63,19 @@ class RingFolder:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _begin(self, work: Callable[[], _Result], done: Callable[[_Result | Exception], object]) -> None:
+    def _begin(self, work: Callable[[], _Result], done: Callable[[_Result | Failure], object]) -> None:
         try:
             self._worker.submit(self._then, work, done)
         except RuntimeError as error:  # the interpreter is ending
-            failure = error
+            failure = Failure(str(error))
             self._wake(lambda: done(failure))
 
-    def _then(self, work: Callable[[], _Result], done: Callable[[_Result | Exception], object]) -> None:
-        result: _Result | Exception
+    def _then(self, work: Callable[[], _Result], done: Callable[[_Result | Failure], object]) -> None:
+        result: _Result | Failure
         try:
             result = work()
         except Exception as error:  # a full disk, a damaged file: told to whoever waits
-            result = error
+            result = Failure(str(error))
         self._wake(lambda: done(result))
 
     def _store(self, state: RowSnapshot) -> Path:

@@ -40,8 +40,15 @@ class Call:
         self._future.set_exception(error)
 
     def result(self) -> Any:
-        """Wait for it; raises what it raised."""
-        return self._future.result()
+        """Wait for it, once; raises what it raised.
+
+        An error whose frames lead back to it would keep itself, and what the caller's frames hold.
+        """
+        try:
+            return self._future.result()
+        finally:
+            if self._future.done():
+                del self._future
 
 
 class RequestQueue:
