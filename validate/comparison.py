@@ -42,16 +42,16 @@ from mistral_trt.validate.scenarios.poke import questions
 from mistral_trt.validate.scenarios.probes import probes
 from mistral_trt.validate.scenarios.scenario import Scenario, scenarios
 from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, text_tokens
-from mistral_trt.validate.streaming import compare_streaming
 from mistral_trt.validate.subject import Subject, open_subject
-from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.trial.streaming import compare_streaming
+from mistral_trt.validate.trial.trial import Trial
+from mistral_trt.validate.trial.whole import compare_whole
 from mistral_trt.validate.verdict import gates as table
 from mistral_trt.validate.verdict.gates import Gate
 from mistral_trt.validate.verdict.parts import measure_parts
 from mistral_trt.validate.verdict.quality import measure_quality
 from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.tokenizer import compare_tokenizers
-from mistral_trt.validate.whole import compare_whole
 
 
 def validate_artifact(job: Job) -> Report:

@@ -10,14 +10,14 @@ import numpy as np
 
 from mistral_trt.progress import Advance, track
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.validate.findings import ScenarioResult
 from mistral_trt.validate.metrics import LogitErrors, by_position, concatenate, logit_errors
 from mistral_trt.validate.reference.hugging_face import Reference
-from mistral_trt.validate.scenarios.greedy import continue_greedily, split
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Compared, Scenario, play
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult
-from mistral_trt.validate.worst_cases import FarPosition, far_positions, furthest
+from mistral_trt.validate.trial.greedy import continue_greedily, split
+from mistral_trt.validate.trial.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256
 
