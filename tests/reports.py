@@ -143,7 +143,6 @@ def layer_findings(count: int = 12, *, offset: float = 1.0, wrong: int | None = 
         for size, name in enumerate(classes)
         for index in range(count)
     ]
-    ranges.append(ActivationRange("logits", None, 31.5, 0.0))
     return LayerFindings(
         "The reference's layers were fed to the graph one by one.", tuple(layers), tuple(ranges)
     )

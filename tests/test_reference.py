@@ -25,9 +25,9 @@ from mistral_trt.validate.reference.hugging_face import (
     require_same_checkpoint,
     run_reference,
 )
-from mistral_trt.validate.reference.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 from tests.conftest import Folder
 from tests.models import write_checkpoint
+from tests.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 97, 60)]
 SHAPES: list[dict[str, object]] = [

@@ -73,13 +73,13 @@ class LayerErrors:
 class ActivationRange:
     """How one class of activations of one layer uses float16's range.
 
-    activation: "mlp.gate_proj", "self_attn.o_proj", "residual", …  layer: None outside the layers.
+    activation: "mlp.gate_proj", "self_attn.o_proj", "residual", …: what that module, or sum, gives.
     largest: absolute value; infinity or NaN where one occurred.  subnormal: share of the numbers that are
     not zero and below 2**-14.
     """
 
     activation: str
-    layer: int | None
+    layer: int
     largest: float
     subnormal: float
 

@@ -141,7 +141,7 @@ def _bars_of_largest(panel: Axes, found: Sequence[ActivationRange]) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
     panel.axvline(FLOAT16_MAX, color=BAD, linewidth=0.9, dashes=(5, 3))
     for row, entry in enumerate(found):
-        text = in_words(entry.largest) + ("" if entry.layer is None else f", layer {entry.layer}")
+        text = f"{in_words(entry.largest)}, layer {entry.layer}"
         panel.text(high * 1.3, row, text, va="center", fontsize=7.5, color=QUIET)
 
 
