@@ -28,7 +28,8 @@ from mistral_trt.validate.budget import DEFAULT
 from mistral_trt.validate.metrics import concatenate, logit_errors
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.polygraphy_inputs import input_tokens
-from mistral_trt.validate.reference.hugging_face import load_model, require_memory, run_reference
+from mistral_trt.validate.reference.hugging_face import load_model, run_reference
+from mistral_trt.validate.reference.memory import require_memory
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
 from mistral_trt.validate.scenarios.tokens import Tokens

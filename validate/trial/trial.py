@@ -49,3 +49,8 @@ class Trial:
     def compares_own_precision(self) -> bool:
         """Whether there is a third leg: not where the artifact computes as the reference does."""
         return self.job.budget.own_precision and self.contract.precision != "fp32"
+
+
+def parameters(source: Checkpoint) -> int:
+    """Parameters of the model."""
+    return sum(weight.elements for weight in source.weights.values())
