@@ -1,4 +1,4 @@
-"""A checkpoint + a number of tokens → the memory its reference takes, and a refusal where that is not there."""
+"""A checkpoint + a number of tokens → the memory that its reference takes, and a refusal without it."""
 
 from dataclasses import dataclass
 
