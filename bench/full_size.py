@@ -25,9 +25,9 @@ from mistral_trt.manifest import manifest_sha256, read_manifest
 from mistral_trt.validate.budget import QUICK
 from mistral_trt.validate.job import Job
 from mistral_trt.validate.scenarios.tokens import random_tokens
-from mistral_trt.validate.streaming import poke_layer
 from mistral_trt.validate.subject import open_subject
-from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.trial.streaming import poke_layer
+from mistral_trt.validate.trial.trial import Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = (sys.executable, "-m", "mistral_trt.cli")

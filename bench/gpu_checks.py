@@ -24,15 +24,16 @@ from mistral_trt.runtime.cache import RollingCache, Step
 from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine, read_engine_details
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
-from mistral_trt.validate.artifact_run import run_scenario
 from mistral_trt.validate.budget import DEFAULT
 from mistral_trt.validate.metrics import concatenate, logit_errors
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.polygraphy_inputs import input_tokens
-from mistral_trt.validate.reference.hugging_face import load_model, require_memory, run_reference
+from mistral_trt.validate.reference.hugging_face import load_model, run_reference
+from mistral_trt.validate.reference.memory import require_memory
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
 from mistral_trt.validate.scenarios.tokens import Tokens
+from mistral_trt.validate.trial.artifact_run import run_scenario
 from mistral_trt.validate.verdict import gates as table
 
 WARM_STEPS, TIMED_STEPS, TIMED_PROMPTS = 10, 50, 3

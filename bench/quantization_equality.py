@@ -19,8 +19,8 @@ from quantization_layers import (
     Candidates,
     artifact_codes,
     constants_off,
-    cut_layer,
     float32_twin,
+    read_layer,
     relative_rms,
     update_error,
 )
@@ -161,7 +161,7 @@ def compare_layers(
     """Errors of each layer's update, fed what ModelOpt's was fed: of the artifact's and of its twin's."""
     errors, twins, off = [], [], []
     for index, (entered, left) in enumerate(passes):
-        layer = cut_layer(artifact, index)
+        layer = read_layer(artifact, index)
         errors.append(update_error(layer, entered, left))
         twins.append(update_error(float32_twin(layer, constants), entered, left))
         off += constants_off(layer, constants)
@@ -186,7 +186,7 @@ def compare_coded(
     """Errors of each layer's twin given ModelOpt's activation codes; nothing where activations have none."""
     if not given:
         return {}
-    twins = [float32_twin(cut_layer(artifact, index), constants) for index in range(len(passes))]
+    twins = [float32_twin(read_layer(artifact, index), constants) for index in range(len(passes))]
     found = [coded_error(twin, passed, given) for twin, passed in zip(twins, passes, strict=True)]
     return {
         "coded_error": max(error.worst for error in found),
@@ -213,7 +213,7 @@ def mutate(
     It is given ModelOpt's activation codes, as the twin that has to keep the bound is.
     """
     index = len(passes) // 2
-    layer = cut_layer(artifact, index)
+    layer = read_layer(artifact, index)
     errors = {}
     for kind in KINDS:
         scaled = {f"model.layers.{index}.{kind}.weight_scale": MUTATION}

@@ -1,7 +1,6 @@
 """An ONNX folder → its layers as graphs of their own, to be fed what another model's layers were fed.
 
-A layer's graph is cut out of the artifact's: what enters is the hidden state, the positions and the layer's
-two rings; rotary angles, mask and slots are computed by the artifact's own nodes. Its twin computes in
+A layer's graph is the one that validation follows (validate/layerwise/segments.py). Its twin computes in
 float32 with the same codes, and with the numbers of which the artifact holds the float16 roundings: without
 that, roundings of 2**-11 flip the codes of activations, which is most of what there would be to see.
 """
@@ -9,18 +8,19 @@ that, roundings of 2**-11 flip the codes of activations, which is most of what t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 import onnxruntime as ort
 from quantization_reading import EXACT
 from torch import Tensor
 
-from mistral_trt.manifest import GRAPH_NAME
+from mistral_trt.manifest import GRAPH_NAME, read_manifest
+from mistral_trt.validate.layerwise.segments import cut_layer, read_graph
+from mistral_trt.validate.linked_weights import map_weights
 
 NARROW, WIDE = ir.DataType.FLOAT16, ir.DataType.FLOAT
-HIDDEN = "hidden"
 
 Candidates = Mapping[str, Sequence[np.ndarray]]
 """Initializer → the float32 values it may be the rounding of."""
@@ -28,10 +28,17 @@ Candidates = Mapping[str, Sequence[np.ndarray]]
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """One layer with its weights in memory.  inputs: hidden, position_ids, key ring, value ring."""
+    """One layer.  inputs: hidden, position_ids, key ring, value ring."""
 
     model: ir.Model
     index: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the rings: what the graph computes in."""
+        dtype = self.model.graph.inputs[2].dtype
+        assert dtype is not None
+        return dtype.numpy()
 
     @property
     def ring_shape(self) -> tuple[int, ...]:
@@ -43,18 +50,17 @@ class LayerGraph:
     def update(self, hidden: np.ndarray) -> np.ndarray:
         """Output minus input of the layer over one chunk from position 0, the rings zeroed.
 
-        hidden: float32 [1, S, hidden_size], rounded to the graph's dtype first.  Returns the same shape.
+        hidden: float32 [1, S, hidden_size].  What enters and what leaves are rounded to the dtype of the
+        rings, as between two layers.  Returns float32 of the same shape.
         """
-        out = self.run(hidden)[0]
-        result: np.ndarray = out.astype(np.float32) - hidden.astype(out.dtype).astype(np.float32)
-        return result
+        entered = hidden.astype(self.dtype).astype(np.float32)
+        update: np.ndarray = self.run(entered)[0].astype(self.dtype).astype(np.float32) - entered
+        return update
 
     def run(self, hidden: np.ndarray, more: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
         """Every output of the graph for the same.  more: for the inputs after the rings."""
-        dtype = self.model.graph.inputs[0].dtype
-        assert dtype is not None
-        ring = np.zeros((1, *self.ring_shape), dtype.numpy())
-        arrays = (hidden.astype(dtype.numpy()), np.arange(hidden.shape[1])[None], ring, ring, *more)
+        ring = np.zeros((1, *self.ring_shape), self.dtype)
+        arrays = (hidden, np.arange(hidden.shape[1])[None], ring, ring, *more)
         names = [str(value.name) for value in self.model.graph.inputs]
         outputs: list[np.ndarray] = self._session().run(None, dict(zip(names, arrays, strict=True)))
         return outputs
@@ -67,44 +73,12 @@ class LayerGraph:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def cut_layer(artifact: Path, index: int) -> LayerGraph:
-    """Layer `index` of an ONNX folder."""
-    model = ir.load(artifact / GRAPH_NAME)
-    graph = model.graph
-    norms = [node.inputs[0] for node in graph if node.name in _norms_around(index, graph)]
-    assert len(norms) == 2 and norms[0] is not None and norms[1] is not None
-    inlet, outlet = norms[0], norms[1]
-    hidden = ir.Value(name=HIDDEN, shape=inlet.shape, type=inlet.type)
-    for node, place in list(inlet.uses()):
-        node.replace_input_with(place, hidden)
-    wanted = ("position_ids", f"past_key_values.{index}.key", f"past_key_values.{index}.value")
-    graph.outputs[:] = [outlet]
-    kept = [next(value for value in graph.inputs if value.name == name) for name in wanted]
-    graph.inputs[:] = [hidden, *kept]
-    passes.RemoveUnusedNodesPass()(model)
-    for value in graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.tensor(_numbers(value.const_value), dtype=value.dtype, name=value.name)
+def read_layer(artifact: Path, index: int) -> LayerGraph:
+    """Layer `index` of an ONNX folder, as validation cuts it out; of its outputs the hidden state alone."""
+    contract = read_manifest(artifact, "onnx", check_files=False).contract
+    model = map_weights(cut_layer(read_graph(artifact, contract), index).model)
+    del model.graph.outputs[1:]
     return LayerGraph(model, index)
-
-
-def _norms_around(index: int, graph: ir.Graph) -> tuple[str, str]:
-    """The nodes that read what enters a layer and what leaves it."""
-    operator = "RMSNormalization"
-    following = f"model.layers.{index + 1}.input_layernorm/{operator}"
-    if all(node.name != following for node in graph):
-        following = f"model.norm/{operator}"
-    return f"model.layers.{index}.input_layernorm/{operator}", following
-
-
-def _numbers(tensor: ir.ExternalTensor) -> np.ndarray:
-    """Read by hand where it is linked: onnx_ir opens no file that has a second name."""
-    path = Path(tensor.path)
-    if path.stat().st_nlink == 1:
-        return np.array(tensor.numpy())
-    return np.array(
-        np.memmap(path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))
-    )
 
 
 def float32_twin(

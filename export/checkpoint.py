@@ -4,7 +4,6 @@ Nothing is loaded and no code from a folder runs: the config is read, the safete
 and names and shapes are compared with what the config promises.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,9 @@ from mistral_trt.export import mistral_format
 from mistral_trt.export.conversion import Weight, same_numbers
 from mistral_trt.export.identity import clean_name, files_sha256
 from mistral_trt.export.lora import Adapter, adapters_sha256, apply_adapters
-from mistral_trt.export.quantization.stored import StoredQuantization, read_stored_quantization
+from mistral_trt.export.stored_codes import StoredQuantization, read_stored_quantization
 from mistral_trt.export.tensor_files import DTYPES, StoredTensor, read_header
+from mistral_trt.export.text_parsing import read_json
 from mistral_trt.manifest import is_plain_name
 from mistral_trt.progress import note
 
@@ -126,19 +126,6 @@ def require_folder(folder: Path) -> None:
             f"hf download {folder} --local-dir {local} --exclude '*.bin' 'consolidated*'   and pass {local}"
         )
     raise CheckpointError(f"{folder} does not exist; expected a checkpoint folder with config.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(data).__name__}")
-    return data
 
 
 def _read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Weight]]:

@@ -16,7 +16,7 @@ import torch
 
 from mistral_trt.contract import DTYPE_BYTES
 from mistral_trt.errors import CheckpointError
-from mistral_trt.export.quantization.stored import StoredCodes
+from mistral_trt.export.stored_codes import StoredCodes
 from mistral_trt.export.tensor_files import StoredTensor
 
 PIECE_ELEMENTS = 1 << 20  # of 4 bytes at most: what a core's cache still holds

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mistral_trt.errors import ConfigError
+from mistral_trt.export.text_parsing import read_json
 from mistral_trt.progress import note
 
 LINEAR = r"model\.layers\.(?:0|[1-9][0-9]*)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
@@ -81,8 +82,6 @@ class LoraSettings:
     @classmethod
     def read(cls, path: Path) -> "LoraSettings":
         """Raises CheckpointError for a file that is not JSON, ConfigError for what is not supported."""
-        from mistral_trt.export.checkpoint import read_json  # checkpoint.py imports lora.py, and that this
-
         raw = read_json(path)
         _refuse_unsupported(path, raw)
         layers, numbered = _layers(path, raw)

@@ -14,13 +14,14 @@ import torch
 from mistral_trt.artifact import link_file, new_artifact, require_apart, require_space
 from mistral_trt.contract import QUANTIZED, GraphContract, plan_contract
 from mistral_trt.errors import ConfigError, require
-from mistral_trt.export.checkpoint import Checkpoint, read_json
+from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.conversion import Census
 from mistral_trt.export.data_file import DataFile
 from mistral_trt.export.graph import build_graph, graph_sha256
 from mistral_trt.export.identity import remembered_sha256
 from mistral_trt.export.lora import Adapter
 from mistral_trt.export.quantization.settings import QuantizationSettings
+from mistral_trt.export.text_parsing import read_json
 from mistral_trt.export.tokenizer_files import TextFiles, read_text_files
 from mistral_trt.export.weights import (
     DATA_NAME,

@@ -41,6 +41,19 @@ def parse_object(path: Path, data: bytes) -> dict[str, Any]:
         return content
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(data).__name__}")
+    return data
+
+
 def token_text(token: Any) -> str:
     """Text, plain or in a token's object. Raises TypeError or ValueError if it cannot be written."""
     text = token["content"] if isinstance(token, dict) else token

@@ -8,20 +8,22 @@ from mistral_trt.contract import GraphContract, Ring
 from mistral_trt.validate.findings import (
     ActivationRange,
     Choice,
+    Divergence,
+    GreedyAgreement,
     LayerErrors,
     LayerFindings,
     OwnPrecision,
+    ScenarioResult,
     WeightFindings,
     WorstCase,
 )
 from mistral_trt.validate.metrics import LogitErrors
 from mistral_trt.validate.report.report import Report
-from mistral_trt.validate.scenarios.greedy import Divergence, GreedyAgreement
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
 from mistral_trt.validate.scenarios.probes import probes
 from mistral_trt.validate.scenarios.scenario import scenarios
 from mistral_trt.validate.scenarios.tokens import random_tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult, judge, measure, read_gates, undecided
+from mistral_trt.validate.verdict.gates import judge, measure, read_gates, undecided
 from mistral_trt.validate.verdict.parts import measure_parts
 from mistral_trt.validate.verdict.quality import measure_quality, reading
 from tests.models import TINY
@@ -141,7 +143,6 @@ def layer_findings(count: int = 12, *, offset: float = 1.0, wrong: int | None = 
         for size, name in enumerate(classes)
         for index in range(count)
     ]
-    ranges.append(ActivationRange("logits", None, 31.5, 0.0))
     return LayerFindings(
         "The reference's layers were fed to the graph one by one.", tuple(layers), tuple(ranges)
     )

@@ -244,7 +244,7 @@ def test_a_layer_cut_out_of_an_artifact_is_the_models_layer(
     passes = modelopt.layer_passes(model, TEXT[:4])
     constants = {name: [tensor.numpy()] for name, tensor in model.state_dict().items()}
     for index, (entered, left) in enumerate(passes):
-        layer = layers.cut_layer(artifact, index)
+        layer = layers.read_layer(artifact, index)
         assert not layers.constants_off(layer, constants)
         assert 1e-5 < layers.update_error(layer, entered, left) < 5e-3
         twin = layers.float32_twin(layer, constants)

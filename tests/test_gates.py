@@ -9,6 +9,7 @@ import pytest
 
 from mistral_trt.contract import CACHE_DTYPES, QUANTIZED
 from mistral_trt.errors import ValidationError
+from mistral_trt.validate.findings import ScenarioResult
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
 from mistral_trt.validate.scenarios.scenario import Scenario
@@ -16,7 +17,6 @@ from mistral_trt.validate.verdict.gates import (
     TITLES,
     Gate,
     Measured,
-    ScenarioResult,
     judge,
     measure,
     read_gates,

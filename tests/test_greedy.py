@@ -12,14 +12,9 @@ from mistral_trt.errors import NonFiniteLogitsError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.runtime.cache import Logits, RollingCache
 from mistral_trt.runtime.engine import open_cache
+from mistral_trt.validate.findings import Divergence, GreedyAgreement
 from mistral_trt.validate.reference.hugging_face import Reference, load_model, run_reference
-from mistral_trt.validate.scenarios.greedy import (
-    Divergence,
-    GreedyAgreement,
-    continue_greedily,
-    greedy_agreement,
-    split,
-)
+from mistral_trt.validate.trial.greedy import continue_greedily, greedy_agreement, split
 from tests.conftest import Folder
 
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(0, 97, 25)]

@@ -193,7 +193,7 @@ def test_the_layers_hold() -> None:
     assert violations(ROOT) == []
 
 
-@pytest.mark.parametrize("stage", ["engines", "runtime", "validate"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_parts_of_a_stage_do_not_import_each_other_in_circles(stage: str) -> None:
     assert circles(ROOT, stage) == []
 

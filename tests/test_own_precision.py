@@ -15,7 +15,13 @@ from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.reference.decoder import LayerSource, WholeModel, eager_stream, whole_layers
+from mistral_trt.validate.reference.decoder import (
+    LayerSource,
+    WholeModel,
+    eager_stream,
+    head_logits,
+    whole_layers,
+)
 from mistral_trt.validate.reference.hugging_face import load_model, quiet_transformers, run_layers
 from mistral_trt.validate.reference.own_precision import Alter, Rounding, WideProducts, own_precision_layers
 from mistral_trt.validate.twin import float32_twin
@@ -81,7 +87,8 @@ def test_every_number_is_one_of_the_dtype(tiny_checkpoint: Folder, precision: st
     )
     entering = layers.embed(TOKENS)
     states = layers.run(0, entering)
-    for numbers in (entering, states.hidden, states.keys, states.values, layers.logits(states.hidden)):
+    logits = head_logits(layers.norm(states.hidden), layers.head())
+    for numbers in (entering, states.hidden, states.keys, states.values, logits):
         tensor = torch.tensor(numbers)
         assert torch.equal(tensor, tensor.to(DTYPES[precision]).float())
 

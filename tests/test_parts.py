@@ -24,7 +24,7 @@ def findings(*updates: float) -> LayerFindings:
         )
         for i, e in enumerate(updates)
     ]
-    ranges = (ActivationRange("residual", 0, 7.0, 0.0), ActivationRange("logits", None, 30.0, 0.0))
+    ranges = (ActivationRange("residual", 0, 7.0, 0.0), ActivationRange("mlp.product", 0, 30.0, 0.0))
     return LayerFindings("", tuple(layers), ranges)
 
 
@@ -67,7 +67,7 @@ def test_a_wrong_cache_is_placed_by_layer_slot_and_position(what: str, index: in
 
 def test_the_largest_activation_is_placed_and_nan_is_the_largest() -> None:
     layers = findings(1e-3)
-    assert measured(layers)["activation_max"] == Measured(30.0, "logits", 20)
+    assert measured(layers)["activation_max"] == Measured(30.0, "layer 0 mlp.product", 20)
     for largest in (inf, nan):
         broken = replace(layers, ranges=(*layers.ranges, ActivationRange("mlp.down_proj", 3, largest, 0.0)))
         found = measured(broken)["activation_max"]

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from mistral_trt.contract import QUANTIZED
+from mistral_trt.contract import BLOCK_SIZES, QUANTIZED
 from mistral_trt.errors import ConfigError
 from mistral_trt.export.checkpoint import expected_shapes
 from mistral_trt.export.quantization.scheme import (
-    BLOCK_SIZES,
     input_widths,
     largest_block,
     linear_names,

@@ -15,19 +15,18 @@ from mistral_trt.export.conversion import Weight
 from mistral_trt.export.synth import named_config
 from mistral_trt.export.tensor_files import StoredTensor
 from mistral_trt.manifest import read_manifest
-from mistral_trt.validate.reference import hugging_face as reference
+from mistral_trt.validate.reference import hugging_face, memory
 from mistral_trt.validate.reference.decoder import queries_at_once
 from mistral_trt.validate.reference.hugging_face import (
     Reference,
     load_model,
-    predict_memory,
-    require_memory,
     require_same_checkpoint,
     run_reference,
 )
-from mistral_trt.validate.reference.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
+from mistral_trt.validate.reference.memory import predict_memory, require_memory
 from tests.conftest import Folder
 from tests.models import write_checkpoint
+from tests.oracle import band, oracle_logits, read_weights, rms_norm, rotate, softmax
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 97, 60)]
 SHAPES: list[dict[str, object]] = [
@@ -143,13 +142,11 @@ def test_a_reference_larger_than_memory_is_refused(
     source = Checkpoint.open(tiny_checkpoint())
     for streaming in (False, True):
         needed = predict_memory(source, 100, streaming=streaming)
-        monkeypatch.setattr(reference, "available_memory_bytes", lambda needed=needed: needed.total_bytes)
+        monkeypatch.setattr(memory, "available_memory_bytes", lambda needed=needed: needed.total_bytes)
         require_memory(source, 100, streaming=streaming)
         with pytest.raises(ValidationError, match="GB for 10000 tokens.*use a smaller --length"):
             require_memory(source, 10_000, streaming=streaming)
-        monkeypatch.setattr(
-            reference, "available_memory_bytes", lambda needed=needed: needed.weights_bytes - 1
-        )
+        monkeypatch.setattr(memory, "available_memory_bytes", lambda needed=needed: needed.weights_bytes - 1)
         with pytest.raises(
             ValidationError, match="a machine with more memory" if streaming else "--streaming"
         ):
@@ -185,7 +182,7 @@ def test_scores_do_not_outgrow_a_block() -> None:
 
 def test_transformers_settings_are_left_as_they_were() -> None:
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), reference.quiet_transformers():
+    with pytest.raises(KeyError), hugging_face.quiet_transformers():
         assert not transformers_logging.is_progress_bar_enabled()
         raise KeyError
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from mistral_trt.contract import Ring
-from mistral_trt.validate.findings import ActivationRange, Choice, LayerErrors, LayerFindings, WeightFindings
+from mistral_trt.validate.findings import (
+    ActivationRange,
+    Choice,
+    GreedyAgreement,
+    LayerErrors,
+    LayerFindings,
+    ScenarioResult,
+    WeightFindings,
+)
 from mistral_trt.validate.metrics import concatenate
 from mistral_trt.validate.report import page as validate_page
 from mistral_trt.validate.report.drawing import COLOURS
@@ -23,9 +31,8 @@ from mistral_trt.validate.report.page import plots, render_html
 from mistral_trt.validate.report.plots import Axis, error_plot, sensitivity_plot
 from mistral_trt.validate.report.record import to_json
 from mistral_trt.validate.report.report import HTML_NAME, JSON_NAME, JUNIT_NAME, Report
-from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
-from mistral_trt.validate.verdict.gates import Measured, ScenarioResult, judge, measure, read_gates
+from mistral_trt.validate.verdict.gates import Measured, judge, measure, read_gates
 from mistral_trt.validate.verdict.quality import measure_quality
 from tests.reports import (
     CONTRACT,

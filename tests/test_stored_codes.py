@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_trt.errors import CheckpointError
-from mistral_trt.export.quantization.stored import (
+from mistral_trt.export.stored_codes import (
     StoredCodes,
     StoredQuantization,
     read_stored_quantization,

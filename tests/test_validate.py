@@ -23,15 +23,15 @@ from mistral_trt.runtime.cache import Logits, RollingCache
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from mistral_trt.validate import opening as opening_module
-from mistral_trt.validate import whole
 from mistral_trt.validate.__main__ import validate
-from mistral_trt.validate.artifact_run import in_words
 from mistral_trt.validate.comparison import validate_artifact
+from mistral_trt.validate.findings import GreedyAgreement
 from mistral_trt.validate.job import Job
 from mistral_trt.validate.reference.hugging_face import load_model
 from mistral_trt.validate.report import page
 from mistral_trt.validate.report.report import Report
-from mistral_trt.validate.scenarios.greedy import GreedyAgreement
+from mistral_trt.validate.trial import whole
+from mistral_trt.validate.trial.artifact_run import in_words
 from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 from tests.planted_runtime import nan_at_50

@@ -13,14 +13,7 @@ from mistral_trt.export.lora import Adapter
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.budget import FULL, check_length
-from mistral_trt.validate.expected_time import (
-    Work,
-    in_words,
-    measure_speed,
-    poke_work,
-    predict_seconds,
-    scenario_work,
-)
+from mistral_trt.validate.expected_time import expected_seconds, in_words
 from mistral_trt.validate.findings import WeightFindings
 from mistral_trt.validate.job import Job
 from mistral_trt.validate.polygraphy_run import ENGINE, LAYERS, PolygraphyResult, run_polygraphy
@@ -35,23 +28,23 @@ from mistral_trt.validate.provenance import (
     describe_run,
     describe_undecided,
 )
-from mistral_trt.validate.reference.hugging_face import require_memory, require_same_checkpoint
+from mistral_trt.validate.reference.hugging_face import require_same_checkpoint
+from mistral_trt.validate.reference.memory import require_memory
 from mistral_trt.validate.report.folder import write_report
 from mistral_trt.validate.report.report import JSON_NAME, Report
-from mistral_trt.validate.scenarios.poke import questions
 from mistral_trt.validate.scenarios.probes import probes
 from mistral_trt.validate.scenarios.scenario import Scenario, scenarios
 from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, text_tokens
-from mistral_trt.validate.streaming import compare_streaming
 from mistral_trt.validate.subject import Subject, open_subject
-from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.trial.streaming import compare_streaming
+from mistral_trt.validate.trial.trial import Trial, parameters
+from mistral_trt.validate.trial.whole import compare_whole
 from mistral_trt.validate.verdict import gates as table
 from mistral_trt.validate.verdict.gates import Gate
 from mistral_trt.validate.verdict.parts import measure_parts
 from mistral_trt.validate.verdict.quality import measure_quality
 from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.tokenizer import compare_tokenizers
-from mistral_trt.validate.whole import compare_whole
 
 
 def validate_artifact(job: Job) -> Report:
@@ -99,20 +92,15 @@ def choose_tokens(job: Job, subject: Subject) -> Tokens:
 
 
 def plan(job: Job, subject: Subject, source: Checkpoint, length: int) -> tuple[Scenario, ...]:
-    names = job.budget.scenarios(length=length, weights=elements(source))
+    names = job.budget.scenarios(length=length, weights=parameters(source))
     return tuple(scenarios(subject.contract, length, names=names, seed=job.seed))
-
-
-def elements(source: Checkpoint) -> int:
-    """Parameters of the model."""
-    return sum(weight.elements for weight in source.weights.values())
 
 
 def run(trial: Trial, limits: Sequence[Gate]) -> Report:
     """Everything that takes time."""
     started, clock = datetime.now(UTC), time.monotonic()
     job, subject, contract, length = trial.job, trial.subject, trial.contract, len(trial.tokens.ids)
-    expected = predicted_seconds(trial)
+    expected = expected_seconds(trial)
     note(f"{job.budget.name}: {length} positions, {in_words(expected)} on this machine (predicted)")
     weights = stored_weights(trial)
     found = compare_streaming(trial) if job.streaming else compare_whole(trial)
@@ -151,28 +139,6 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         run=describe_run(job.command, job.seed, started=started, seconds=time.monotonic() - clock)
         | {"budget": job.budget.name, "streaming": job.streaming, "predicted_seconds": round(expected)},
     )
-
-
-def predicted_seconds(trial: Trial) -> float:
-    """Of everything, before it is run."""
-    contract, length = trial.contract, len(trial.tokens.ids)
-    layers, own = contract.config.num_hidden_layers, trial.compares_own_precision
-    references = 1 + own  # each reads everything once, with every key
-    fed = 1 if trial.job.streaming else 2  # the layers with the states of the reference, with their own
-    work = Work(
-        tokens=(references + fed) * length,
-        steps=0,
-        compared=2 * own * length,
-        layer_runs=layers,
-        scored=references * length**2,
-    )
-    for scenario in trial.plans:
-        work += scenario_work(scenario)
-    poked = poke_work(contract, questions(contract, length))
-    weights = elements(trial.source)
-    seconds = predict_seconds(work, contract, weights=weights, speed=(speed := measure_speed()))
-    of_the_model = weights // layers if trial.job.streaming else weights
-    return seconds + predict_seconds(poked, contract, weights=of_the_model, speed=speed)
 
 
 def stored_weights(trial: Trial) -> WeightFindings:

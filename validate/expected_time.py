@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.validate.scenarios.poke import Question, pokes
+from mistral_trt.validate.scenarios.poke import Question, pokes, questions
 from mistral_trt.validate.scenarios.scenario import Call, Scenario
+from mistral_trt.validate.trial.trial import Trial, parameters
 
 _COMPARED_PER_S = 8e7
 """Logits that are compared in a second on one core: some fifteen passes of float64 over each."""
@@ -49,6 +50,28 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def expected_seconds(trial: Trial) -> float:
+    """Of a whole validation, before it is run."""
+    contract, length = trial.contract, len(trial.tokens.ids)
+    layers, own = contract.config.num_hidden_layers, trial.compares_own_precision
+    references = 1 + own  # each reads everything once, with every key
+    fed = 1 if trial.job.streaming else 2  # the layers with the states of the reference, with their own
+    work = Work(
+        tokens=(references + fed) * length,
+        steps=0,
+        compared=2 * own * length,
+        layer_runs=layers,
+        scored=references * length**2,
+    )
+    for scenario in trial.plans:
+        work += scenario_work(scenario)
+    poked = poke_work(contract, questions(contract, length))
+    weights, speed = parameters(trial.source), measure_speed()
+    asked = weights // layers if trial.job.streaming else weights  # one layer is poked, or the whole model
+    seconds = predict_seconds(work, contract, weights=weights, speed=speed)
+    return seconds + predict_seconds(poked, contract, weights=asked, speed=speed)
 
 
 def measure_speed() -> Speed:

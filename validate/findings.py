@@ -1,4 +1,4 @@
-"""What the parts of a validation measured, as plain numbers: no part knows how another came by its own.
+"""What the parts of a validation measured, as plain values: no part knows how another came by its own.
 
 T positions of the reading scenario   n ring slots that hold a position
 """
@@ -9,9 +9,44 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_trt.validate.metrics import LogitErrors
+from mistral_trt.validate.scenarios.poke import PokeResult
+from mistral_trt.validate.scenarios.scenario import Scenario
 
 FLOAT16_MAX = 65504.0
 FLOAT16_SMALLEST_NORMAL = 2.0**-14
+
+
+@dataclass(frozen=True)
+class ScenarioResult:
+    """What a scenario gave: errors of the positions it reached, and why it stopped short if it did."""
+
+    scenario: Scenario
+    errors: LogitErrors
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token that the reference would not have chosen.
+
+    position: where it stands in prompt and continuation.  reference_margin: how far the reference's logit
+    of its own choice lies above that of the artifact's.
+    """
+
+    position: int
+    artifact_token: int
+    reference_token: int
+    reference_margin: float
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """How many of the generated tokens, from the first on, the reference would have chosen too."""
+
+    prompt_tokens: int
+    generated: int
+    agreed: int
+    diverged: Divergence | None
 
 
 @dataclass(frozen=True)
@@ -38,13 +73,13 @@ class LayerErrors:
 class ActivationRange:
     """How one class of activations of one layer uses float16's range.
 
-    activation: "mlp.gate_proj", "self_attn.o_proj", "residual", …  layer: None outside the layers.
+    activation: "mlp.gate_proj", "self_attn.o_proj", "residual", …: what that module, or sum, gives.
     largest: absolute value; infinity or NaN where one occurred.  subnormal: share of the numbers that are
     not zero and below 2**-14.
     """
 
     activation: str
-    layer: int | None
+    layer: int
     largest: float
     subnormal: float
 
@@ -112,3 +147,20 @@ class WorstCase:
     context: str
     expected: Choice
     found: Choice
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found.  greedy: None where nothing was generated.  layers, own_precision: None where not run.
+
+    failures: place outside the scenarios → why a call failed there.  notes: what this way leaves out.
+    """
+
+    scenarios: tuple[ScenarioResult, ...]
+    greedy: GreedyAgreement | None
+    pokes: tuple[PokeResult, ...]
+    layers: LayerFindings | None
+    own_precision: OwnPrecision | None
+    worst_cases: tuple[WorstCase, ...]
+    failures: Mapping[str, str]
+    notes: tuple[str, ...]

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import GRAPH_NAME
+from mistral_trt.validate.linked_weights import mapped
 
 NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -62,17 +63,10 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     """The same numbers as float32, read when they are written out, so that one tensor is held at a time."""
 
     def read() -> ir.TensorProtocol:
-        return ir.tensor(_numbers(tensor).astype(np.float32), name=tensor.name)
+        narrow = mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
+        return ir.tensor(narrow.numpy().astype(np.float32), name=tensor.name)
 
     return ir.LazyTensor(read, WIDE, ir.Shape(tensor.shape.numpy()), name=tensor.name)
-
-
-def _numbers(tensor: ir.TensorProtocol) -> np.ndarray:
-    """A tensor's values. onnx_ir opens no file with a second name, and weights may lie in such a file."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.asarray(tensor.numpy())
-    shape = tensor.shape.numpy()
-    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
 
 
 def _widened_attribute(attribute: ir.Attr) -> ir.Attr:

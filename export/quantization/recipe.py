@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from mistral_trt.contract import GraphContract
+from mistral_trt.contract import BLOCK_SIZES, GraphContract
 from mistral_trt.errors import CalibrationError, ConfigError
 from mistral_trt.export.checkpoint import LM_HEAD, Checkpoint
 from mistral_trt.export.conversion import Census, Weight, read_float32
@@ -21,7 +21,7 @@ from mistral_trt.export.quantization.nodes import quantize_graph, scale_dtype
 from mistral_trt.export.quantization.placement import Placement, input_groups, place, place_stored
 from mistral_trt.export.quantization.quality import Point, by_error, choose_kept, share
 from mistral_trt.export.quantization.scales import LinearScales
-from mistral_trt.export.quantization.scheme import BLOCK_SIZES, Scheme, linear_names, scheme_for
+from mistral_trt.export.quantization.scheme import Scheme, linear_names, scheme_for
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.export.quantization.store import open_store
 from mistral_trt.export.quantization.tensors import quantized_tensors, stored_tensors

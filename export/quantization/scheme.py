@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.config import ModelConfig
+from mistral_trt.contract import BLOCK_SIZES
 from mistral_trt.errors import ConfigError
-
-BLOCK_SIZES = (128, 64, 32)
-"""Input features that may share a scale in INT4, as TensorRT has kernels for; the largest is tried first."""
 
 KINDS = (
     "self_attn.q_proj",

@@ -21,7 +21,7 @@ from mistral_trt.export.quantization.nodes import scale_dtype, scale_shape
 from mistral_trt.export.quantization.placement import Placement
 from mistral_trt.export.quantization.scales import LinearScales
 from mistral_trt.export.quantization.scheme import Scheme
-from mistral_trt.export.quantization.stored import StoredCodes
+from mistral_trt.export.stored_codes import StoredCodes
 from mistral_trt.export.weights import MadeTensor
 
 _BYTES = {"float16": 2, "float32": 4}

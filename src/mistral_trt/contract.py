@@ -38,6 +38,9 @@ CACHE_DTYPES = {
 QUANTIZED = ("int8", "int8-weight-only", "int4", "fp8")
 """The precisions whose linears have quantized weights; int8 and fp8 quantize activations too."""
 
+BLOCK_SIZES = (128, 64, 32)
+"""Input features that may share a scale in INT4, as TensorRT has kernels for; the largest is tried first."""
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 POSITION_ACCURATE_LIMIT = 2**20

@@ -32,8 +32,8 @@ Errors = npt.NDArray[np.float64]
 class Followed:
     """What is left at the end of both.
 
-    hidden: recording → what left its last layer, for each step float32 [B, S, hidden_size]; empty where the
-    layers were not run one upon the other.  reference: the same of the reference, float32 [T, hidden_size].
+    hidden: recording → what left its last layer, for each step float32 [B, S, hidden_size].
+    reference: the same of the reference, float32 [T, hidden_size].
     """
 
     findings: LayerFindings
@@ -48,23 +48,19 @@ def follow(
     tokens: Sequence[int],
     recordings: Mapping[str, Recording],
     reading: str,
-    accumulate: bool = True,
     ranges: RangeLog | None = None,
     progress: Advance = lambda layers: None,
 ) -> Followed:
     """Go through both, layer after layer; the reference's layer is run before the artifact's is loaded.
 
-    recordings: name → how `tokens` are fed.  reading: the one whose layers are compared; it feeds all of
-    them to row 0.
-    accumulate: run each recording through all layers, each layer fed what the one before it made. Without
-    it `reading` alone is run, each layer fed what the reference's was; `hidden`, of the errors and of the
-    result, is empty then.  ranges: gets the activations of `reading`, of its own layers where they
-    accumulate.  progress: called after each layer.
+    recordings: name → how `tokens` are fed; each runs through all layers, a layer fed what the one before
+    it made.  reading: the one whose layers are compared, and also fed what the reference's were; it feeds
+    all of `tokens` to row 0.  ranges: gets the activations of `reading`.  progress: called after each layer.
     Raises ValidationError if a recording feeds other tokens, or the reference has other layers.
     """
-    names = sorted(recordings if accumulate else [reading], key=lambda name: name != reading)
+    names = sorted(recordings, key=lambda name: name != reading)
     _require_alike(artifact, reference, tokens, recordings[reading])
-    own = {name: artifact.embed(recordings[name]) for name in names} if accumulate else {}
+    own = {name: artifact.embed(recordings[name]) for name in names}
     read, entered, errors = recordings[reading], reference.embed(tokens), []
     for index in range(artifact.num_hidden_layers):
         artifact.close()  # so that its layer and the reference's are not in memory together
@@ -72,10 +68,9 @@ def follow(
         for name in own:  # `reading` first: what was loaded to be watched serves the others too
             log = ranges if name == reading else None
             own[name] = artifact.run(index, recordings[name], own[name], ranges=log).hidden
-        log = None if accumulate else ranges
-        fed = artifact.run(index, read, scatter(read, entered), ranges=log)
+        fed = artifact.run(index, read, scatter(read, entered))
         comparison = _Comparison(read, artifact.contract.ring, entered, states)
-        errors.append(comparison.errors(index, fed, own.get(reading)))
+        errors.append(comparison.errors(index, fed, own[reading]))
         entered = states.hidden
         progress(1)
     artifact.close()
@@ -92,7 +87,7 @@ class _Comparison:
     entered: Array
     states: LayerStates
 
-    def errors(self, index: int, fed: LayerRun, own: Hidden | None) -> LayerErrors:
+    def errors(self, index: int, fed: LayerRun, own: Hidden) -> LayerErrors:
         """fed: the artifact's layer, fed the same.  own: what left it after its own layers before it."""
         length, left = len(self.entered), self.states.hidden
         held = held_positions(self.recording, self.ring)
@@ -103,7 +98,7 @@ class _Comparison:
             update = relative_errors(made - self.entered, left - self.entered)
         return LayerErrors(
             index=index,
-            hidden=np.zeros(0) if own is None else relative_errors(gather(self.recording, own, length), left),
+            hidden=relative_errors(gather(self.recording, own, length), left),
             update=update,
             positions=positions,
             keys=relative_errors(_vectors(fed.keys[0], slots), _vectors(self.states.keys, positions)),

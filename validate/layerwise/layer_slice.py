@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import GRAPH_NAME
 from mistral_trt.validate.layerwise.segments import cut_out_layer, read_graph
+from mistral_trt.validate.linked_weights import map_weights
 
 
 @contextmanager
@@ -29,10 +29,7 @@ def layer_slice(folder: Path, contract: GraphContract, index: int) -> Iterator[t
     if not 0 <= index < contract.config.num_hidden_layers:
         last = contract.config.num_hidden_layers - 1
         raise ValidationError(f"expected a decoder layer from 0 to {last}, found {index}")
-    model = cut_out_layer(read_graph(folder, contract), index)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = _mapped(value.const_value)
+    model = map_weights(cut_out_layer(read_graph(folder, contract), index))
     with tempfile.TemporaryDirectory(prefix="mistral-trt-slice-") as place:
         path = Path(place) / GRAPH_NAME
         try:
@@ -48,14 +45,3 @@ def layer_slice(folder: Path, contract: GraphContract, index: int) -> Iterator[t
 def _of_one_layer(contract: GraphContract) -> GraphContract:
     precision = "fp32" if contract.precision == "bf16" else contract.precision
     return replace(contract, precision=precision, config=replace(contract.config, num_hidden_layers=1))
-
-
-def _mapped(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    """The same tensor over its mapped bytes: onnx_ir opens no file that has a second name, and weights may
-    lie in such a file."""
-    assert tensor.length is not None
-    data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.length,))
-    shape = tensor.shape.numpy()
-    if tensor.dtype.bitwidth < 8:
-        return ir.PackedTensor(data, tensor.dtype, shape=ir.Shape(shape), name=tensor.name)
-    return ir.tensor(data.view(tensor.dtype.numpy()).reshape(shape), dtype=tensor.dtype, name=tensor.name)

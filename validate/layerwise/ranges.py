@@ -19,9 +19,9 @@ class RangeLog:
     """Extents of what was added, by activation and layer."""
 
     def __init__(self) -> None:
-        self._extents: dict[tuple[str, int | None], _Extent] = {}
+        self._extents: dict[tuple[str, int], _Extent] = {}
 
-    def add(self, activation: str, layer: int | None, values: Array) -> None:
+    def add(self, activation: str, layer: int, values: Array) -> None:
         """values: any shape and float dtype; padding that was computed counts as well."""
         sizes = np.abs(values, dtype=np.float32)
         before = self._extents.get((activation, layer), _Extent())

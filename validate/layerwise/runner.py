@@ -98,19 +98,19 @@ class SegmentedArtifact:
             found.append(self._new_hidden(event))
             own = rings[:, event.first_row : event.first_row + len(event.input_ids)]
             inputs = [next(entering), event.position_ids, *own]
-            _run_watched(segment, inputs, [found[-1], *own], index, ranges)
+            if ranges is None:
+                segment.run(inputs, [found[-1], *own])
+            else:
+                _run_watched(segment, inputs, [found[-1], *own], layer=index, ranges=ranges)
         return LayerRun(found, *rings)
 
-    def logits(
-        self, recording: Recording, hidden: Hidden, *, ranges: RangeLog | None = None
-    ) -> Iterator[Logits]:
+    def logits(self, recording: Recording, hidden: Hidden) -> Iterator[Logits]:
         """What leaves the last layer through norm and head: for each step float32 [B, N, V], of the tokens
         whose logits the step asks for."""
-        watch = ranges is not None
-        segment = self._load("head", watch, partial(cut_head, self._graph, watch=watch))
+        segment = self._load("head", False, partial(cut_head, self._graph))
         for step, state in zip(recording.steps, hidden, strict=True):
             found = np.empty((*step.logits_index.shape, self.contract.config.vocab_size), np.float32)
-            _run_watched(segment, [state, step.logits_index], [found], None, ranges)
+            segment.run([state, step.logits_index], [found])
             yield found
 
     def close(self) -> None:
@@ -144,18 +144,13 @@ class SegmentedArtifact:
 
 
 def _run_watched(
-    segment: LoadedSegment,
-    inputs: list[Array],
-    outputs: list[Array],
-    layer: int | None,
-    ranges: RangeLog | None,
+    segment: LoadedSegment, inputs: list[Array], outputs: list[Array], *, layer: int, ranges: RangeLog
 ) -> None:
     """Run a step; add its activations to `ranges`."""
     bound = dict(zip(segment.segment.outputs, outputs, strict=True))
-    watched = segment.segment.watched.items() if ranges is not None else ()
-    more = list(dict.fromkeys(name for _, names in watched for name in names if name not in bound))
-    found = {**bound, **segment.run(inputs, outputs, more)}
-    for activation, names in watched:
+    watched = segment.segment.watched
+    more = dict.fromkeys(name for names in watched.values() for name in names if name not in bound)
+    found = {**bound, **segment.run(inputs, outputs, list(more))}
+    for activation, names in watched.items():
         for name in names:
-            assert ranges is not None
             ranges.add(activation, layer, found[name])

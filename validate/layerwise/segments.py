@@ -83,11 +83,9 @@ def cut_layer(model: ir.Model, index: int, *, watch: bool = False) -> Segment:
     return _cut(model, inputs, outputs, _layer_activations(model, index) if watch else {})
 
 
-def cut_head(model: ir.Model, *, watch: bool = False) -> Segment:
+def cut_head(model: ir.Model) -> Segment:
     """hidden [B, S, hidden_size], logits_index int64 [B, N] → logits [B, N, V]."""
-    watched = {"norm": (_made_by_node(model, _FINAL_NORM),), "lm_head": (_made_by(model, "lm_head"),)}
-    inputs = [_read_by(model, _FINAL_NORM), "logits_index"]
-    return _cut(model, inputs, ["logits"], watched if watch else {})
+    return _cut(model, [_read_by(model, _FINAL_NORM), "logits_index"], ["logits"], {})
 
 
 def cut_out_layer(model: ir.Model, index: int) -> ir.Model:

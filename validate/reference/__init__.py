@@ -1,1 +1,1 @@
-"""A checkpoint → what it computes: Hugging Face in float32, as the artifact rounds, and by the textbook."""
+"""A checkpoint → what it computes: Hugging Face in float32, and as the artifact rounds."""

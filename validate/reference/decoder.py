@@ -142,10 +142,6 @@ class HuggingFaceLayers:
         """[V, hidden_size] in dtype."""
         return self._source.lm_head().weight.detach()
 
-    def logits(self, hidden: Array) -> Array:
-        """What leaves the last layer, [n, hidden_size], through norm and head: float32 [n, V]."""
-        return head_logits(self.norm(hidden), self.head())
-
 
 def whole_layers(model: MistralForCausalLM) -> HuggingFaceLayers:
     """The layers of a model in memory."""

@@ -37,6 +37,3 @@ class ReferenceLayers(Protocol):
 
     def run(self, index: int, hidden: Array) -> LayerStates:
         """Layer `index` over all T tokens.  hidden: float32 [T, hidden_size]."""
-
-    def logits(self, hidden: Array) -> Array:
-        """What leaves the last layer, [n, hidden_size], through norm and head: float32 [n, V]."""

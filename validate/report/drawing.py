@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mistral_trt.validate.report.figures import power_of_ten
+
 COLOURS = {
     "#010203": "var(--ink)",
     "#010204": "var(--quiet)",
@@ -28,7 +30,6 @@ COLOURS = {
 INK, QUIET, RULE, DATA, BAD, MARK, SHADE = COLOURS
 
 _NAMESPACES = 'role="img" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 WIDTH_INCHES = 8.6
 _PANEL_INCHES = 1.35
 
@@ -62,7 +63,7 @@ def log_scale(panel: Axes, limits: tuple[float, float]) -> None:
     panel.set_yscale("log")
     panel.set_ylim(*limits)
     panel.yaxis.set_major_locator(LogLocator(numticks=5))
-    panel.yaxis.set_major_formatter(FuncFormatter(power_of_ten))
+    panel.yaxis.set_major_formatter(FuncFormatter(decade_label))
     panel.yaxis.set_minor_locator(NullLocator())
 
 
@@ -86,9 +87,9 @@ def on_scale(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     return clipped
 
 
-def power_of_ten(value: float, _: object) -> str:
+def decade_label(value: float, _: object) -> str:
     """0.001 -> 10⁻³"""
-    return "10" + str(round(float(np.log10(value)))).translate(_SUPERSCRIPTS)
+    return power_of_ten(round(float(np.log10(value))))
 
 
 def to_svg(figure: Figure, name: str) -> str:

@@ -26,5 +26,10 @@ def figure(value: float) -> str:
     if 0.001 <= abs(value) < 1000:
         return f"{value:.4g}" if abs(value) > 0.9 else f"{value:.3g}"
     digits, exponent = f"{value:.1e}".split("e")
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+    power = power_of_ten(int(exponent))
     return power if digits == "1.0" else f"{digits.removesuffix('.0')} × {power}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """-3 -> 10⁻³"""
+    return "10" + str(exponent).translate(_SUPERSCRIPTS)

@@ -17,13 +17,13 @@ from mistral_trt.validate.report.drawing import (
     QUIET,
     RULE,
     WIDTH_INCHES,
+    decade_label,
     decades,
     frame,
     log_scale,
     mark_limit,
     on_scale,
     panels,
-    power_of_ten,
     to_svg,
 )
 from mistral_trt.validate.report.figures import figure as in_words
@@ -137,11 +137,11 @@ def _bars_of_largest(panel: Axes, found: Sequence[ActivationRange]) -> None:
     panel.barh(range(len(values)), shown - low, left=low, height=0.6, color=colours)
     frame(panel, "largest absolute value; float16 ends at the line", (low, high * _FIGURES_DECADES))
     panel.xaxis.set_major_locator(LogLocator(numticks=8))
-    panel.xaxis.set_major_formatter(FuncFormatter(power_of_ten))
+    panel.xaxis.set_major_formatter(FuncFormatter(decade_label))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.axvline(FLOAT16_MAX, color=BAD, linewidth=0.9, dashes=(5, 3))
     for row, entry in enumerate(found):
-        text = in_words(entry.largest) + ("" if entry.layer is None else f", layer {entry.layer}")
+        text = f"{in_words(entry.largest)}, layer {entry.layer}"
         panel.text(high * 1.3, row, text, va="center", fontsize=7.5, color=QUIET)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mistral_trt.validate.findings import LayerErrors, LayerFindings
+from mistral_trt.validate.findings import LayerErrors, LayerFindings, ScenarioResult
 from mistral_trt.validate.report.figures import figure
 from mistral_trt.validate.report.layer_plots import depth_plot, ranges_plot, slots_plot
 from mistral_trt.validate.report.plots import Axis, agreement_plot, error_plot, sensitivity_plot
 from mistral_trt.validate.report.record import summary
 from mistral_trt.validate.report.report import Report
 from mistral_trt.validate.scenarios.poke import PokeResult
-from mistral_trt.validate.verdict.gates import ScenarioResult
 from mistral_trt.validate.verdict.parts import worst_cache
 from mistral_trt.validate.verdict.quality import Pair, calibration_remark, three_way
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mistral_trt.contract import GraphContract
 from mistral_trt.export.quantization.scheme import KINDS
+from mistral_trt.validate.findings import ScenarioResult
 from mistral_trt.validate.report.drawing import (
     BAD,
     DATA,
@@ -27,7 +28,6 @@ from mistral_trt.validate.report.drawing import (
     to_svg,
 )
 from mistral_trt.validate.scenarios.probes import Probe
-from mistral_trt.validate.verdict.gates import ScenarioResult
 
 _MOST_TURNS, _FIRST_TURNS = 40, 5
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

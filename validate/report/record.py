@@ -6,15 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from mistral_trt.validate.findings import LayerErrors, LayerFindings, WeightFindings, WorstCase
+from mistral_trt.validate.findings import (
+    LayerErrors,
+    LayerFindings,
+    ScenarioResult,
+    WeightFindings,
+    WorstCase,
+)
 from mistral_trt.validate.metrics import LogitErrors, mean, percentile, perplexity, top5_agreement, worst
 from mistral_trt.validate.report.figures import number
 from mistral_trt.validate.report.report import FORMAT_VERSION, HTML_NAME, JUNIT_NAME, Report
 from mistral_trt.validate.scenarios.poke import PokeResult
+from mistral_trt.validate.scenarios.scenario import READING
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import GateResult, ScenarioResult, Undecided
+from mistral_trt.validate.verdict.gates import GateResult, Undecided
 from mistral_trt.validate.verdict.parts import Offender
-from mistral_trt.validate.verdict.quality import READING, Pair, Quality, three_way
+from mistral_trt.validate.verdict.quality import Pair, Quality, three_way
 
 
 def to_json(report: Report) -> dict[str, Any]:

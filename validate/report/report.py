@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WeightFindings, WorstCase
+from mistral_trt.validate.findings import (
+    LayerFindings,
+    OwnPrecision,
+    ScenarioResult,
+    WeightFindings,
+    WorstCase,
+)
 from mistral_trt.validate.report.figures import figure
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.probes import Probe
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import GateResult, ScenarioResult, Undecided
+from mistral_trt.validate.verdict.gates import GateResult, Undecided
 from mistral_trt.validate.verdict.parts import Offender, first_offender
 from mistral_trt.validate.verdict.quality import Quality
 

@@ -20,6 +20,9 @@ Kind = Literal["context", "prefill", "decode", "padded"]
 Compared = tuple[np.ndarray, Logits]
 """Positions int64 [n] and their logits [n, V]."""
 
+READING = "prefill"
+"""The scenario that is read for quality: every position once, in whole chunks."""
+
 _DECODE_REACH = 8
 _MOST_ROWS = 4
 

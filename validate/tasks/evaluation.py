@@ -21,7 +21,8 @@ from mistral_trt.runtime.loading import require_used
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.provenance import describe_run
-from mistral_trt.validate.reference.hugging_face import load_model, require_memory, require_same_checkpoint
+from mistral_trt.validate.reference.hugging_face import load_model, require_same_checkpoint
+from mistral_trt.validate.reference.memory import require_memory
 from mistral_trt.validate.tasks.agreement import Outcome
 from mistral_trt.validate.tasks.answers import Answer, Question, ask, questions
 from mistral_trt.validate.tasks.items import Task

@@ -9,9 +9,9 @@ from typing import Any
 
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
+from mistral_trt.validate.findings import ScenarioResult
+from mistral_trt.validate.metrics import mean, perplexity, worst
 from mistral_trt.validate.scenarios.poke import PokeResult
-from mistral_trt.validate.scenarios.scenario import Scenario
 
 TABLE = Path(__file__).with_name("gates.toml")
 
@@ -38,15 +38,6 @@ TITLES = {
 
 _MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement")
 _KEYS = {"at_most", "at_least", "reason", "min_positions"}
-
-
-@dataclass(frozen=True)
-class ScenarioResult:
-    """What a scenario gave: errors of the positions it reached, and why it stopped short if it did."""
-
-    scenario: Scenario
-    errors: LogitErrors
-    failure: str | None
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,8 @@ def _largest_activation(layers: LayerFindings) -> Measured:
     found = largest_of(layers.ranges)
     if found is None:
         return Measured(math.nan, "", 0)
-    where = found.activation if found.layer is None else f"layer {found.layer} {found.activation}"
     positions = max((len(layer.update) for layer in layers.layers), default=0)
-    return Measured(found.largest, where, positions)
+    return Measured(found.largest, f"layer {found.layer} {found.activation}", positions)
 
 
 def _own_precision(own: OwnPrecision | None) -> dict[str, Measured | None]:

@@ -4,14 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_trt.validate.findings import OwnPrecision
+from mistral_trt.validate.findings import GreedyAgreement, OwnPrecision, ScenarioResult
 from mistral_trt.validate.metrics import LogitErrors, Perplexity, concatenate, mean, perplexity
-from mistral_trt.validate.scenarios.greedy import GreedyAgreement
+from mistral_trt.validate.scenarios.scenario import READING
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult
-
-READING = "prefill"
-"""The scenario that is read for quality: every position once, in whole chunks."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ to one layer at its full width, between the artifact's embedding and head.
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.artifact_run import Played, compare_played, run_pokes
+from mistral_trt.validate.findings import Findings
 from mistral_trt.validate.layerwise.follow import Followed, follow
 from mistral_trt.validate.layerwise.layer_slice import layer_slice
 from mistral_trt.validate.layerwise.ranges import RangeLog
@@ -17,10 +17,11 @@ from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.steps import Recording
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, eager_stream, streamed_layers
 from mistral_trt.validate.scenarios.poke import PokeResult
-from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
-from mistral_trt.validate.trial import Findings, Trial
-from mistral_trt.validate.verdict.quality import READING
-from mistral_trt.validate.worst_cases import worst_cases
+from mistral_trt.validate.scenarios.scenario import READING
+from mistral_trt.validate.trial.artifact_run import Played, compare_played, run_pokes
+from mistral_trt.validate.trial.three_way import References, in_own_precision, reference_of, third_leg
+from mistral_trt.validate.trial.trial import Trial
+from mistral_trt.validate.trial.worst_cases import worst_cases
 
 
 def compare_streaming(trial: Trial) -> Findings:
@@ -43,7 +44,9 @@ def compare_streaming(trial: Trial) -> Findings:
         pokes=tuple(pokes),
         layers=followed.findings,
         own_precision=third_leg(references, played, tokens=tokens),
-        worst_cases=worst_cases({name: found.worst for name, found in played.items()}, trial),
+        worst_cases=worst_cases(
+            {name: found.worst for name, found in played.items()}, tokens=tokens, tokenizer=trial.tokenizer
+        ),
         failures={} if failure is None else {"poke": failure},
         notes=(
             "Both sides ran one layer at a time over mapped weights; nothing was generated greedily.",

@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from mistral_trt.contract import BLOCK_SIZES
 from mistral_trt.errors import CheckpointError
-from mistral_trt.export.quantization.packing import (
+from mistral_trt.export.packing import (
     FLOATS,
     INSTEAD,
     PARTS,
@@ -31,7 +32,6 @@ from mistral_trt.export.quantization.packing import (
     read_codes,
     read_scales,
 )
-from mistral_trt.export.quantization.scheme import BLOCK_SIZES
 from mistral_trt.export.tensor_files import StoredTensor
 
 _FORMATS: dict[str, Layout] = {

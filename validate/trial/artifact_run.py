@@ -3,39 +3,35 @@
 A call that raises ends what it belongs to and is a finding of its own, except for want of memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_trt.progress import Advance, track
+from mistral_trt.progress import track
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.validate.findings import ScenarioResult
 from mistral_trt.validate.metrics import LogitErrors, by_position, concatenate, logit_errors
 from mistral_trt.validate.reference.hugging_face import Reference
-from mistral_trt.validate.scenarios.greedy import continue_greedily, split
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Compared, Scenario, play
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult
-from mistral_trt.validate.worst_cases import FarPosition, far_positions, furthest
+from mistral_trt.validate.trial.greedy import continue_greedily, split
+from mistral_trt.validate.trial.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256
 
 
 def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | None]:
-    """Let the artifact continue the beginning of the tokens. A call that raises ends it and is a finding."""
+    """Let the artifact continue the beginning of the tokens; and why it stopped short, if it did."""
     prompt, count = split(len(tokens.ids))
     generated: list[int] = []
-    with track("greedy", count, unit="tokens") as advance:
-        try:
-            for token in continue_greedily(cache, tokens.ids[:prompt], count):
-                generated.append(token)
-                advance(1)
-        except MemoryError:
-            raise
-        except Exception as error:  # each backend raises classes of its own
-            return generated, in_words(error)
-    return generated, None
+    with track("greedy", count, unit="tokens") as advance, until_failure() as failure:
+        for token in continue_greedily(cache, tokens.ids[:prompt], count):
+            generated.append(token)
+            advance(1)
+    return generated, failure.why
 
 
 @dataclass(frozen=True)
@@ -58,17 +54,12 @@ def compare_played(
     played: Iterable[Compared], scenario: Scenario, *, tokens: Tokens, references: Sequence[Reference]
 ) -> Played:
     """Compare what a scenario gives, while it gives it.  played: positions and logits, call by call."""
-    waiting, failure = Waiting(references, tokens.targets), None
-    with track(scenario.name, scenario.compared, unit="positions") as advance:
-        try:
-            for positions, logits in played:
-                waiting.add(positions, logits)
-                advance(len(positions))
-        except MemoryError:
-            raise
-        except Exception as error:  # each backend raises classes of its own
-            failure = in_words(error)
-    results = tuple(ScenarioResult(scenario, errors, failure) for errors in waiting.results())
+    waiting = Waiting(references, tokens.targets)
+    with track(scenario.name, scenario.compared, unit="positions") as advance, until_failure() as failure:
+        for positions, logits in played:
+            waiting.add(positions, logits)
+            advance(len(positions))
+    results = tuple(ScenarioResult(scenario, errors, failure.why) for errors in waiting.results())
     return Played(results, tuple(waiting.worst))
 
 
@@ -109,24 +100,34 @@ class Waiting:
 
 
 def run_pokes(cache: RollingCache, tokens: Tokens) -> tuple[list[PokeResult], str | None]:
-    """Put the poke probe to the artifact. A call that raises ends it and is a finding."""
+    """Put the poke probe to the artifact; and why it stopped short, if it did."""
     asked = questions(cache.contract, len(tokens.ids))
     results: list[PokeResult] = []
-    with track("poke", len(asked), unit="calls") as advance:
-        try:
-            for result in poke_probe(cache, asked, tokens=tokens.ids):
-                _count_calls(results, result, advance)
-                results.append(result)
-        except MemoryError:
-            raise
-        except Exception as error:  # each backend raises classes of its own
-            return results, in_words(error)
-    return results, None
+    with track("poke", len(asked), unit="calls") as advance, until_failure() as failure:
+        for result in poke_probe(cache, asked, tokens=tokens.ids):
+            if not results or results[-1].question != result.question:
+                advance(1)
+            results.append(result)
+    return results, failure.why
 
 
-def _count_calls(results: Sequence[PokeResult], result: PokeResult, advance: Advance) -> None:
-    if not results or results[-1].question != result.question:
-        advance(1)
+@dataclass
+class Failure:
+    """Why a call failed, in words; None where none did."""
+
+    why: str | None = None
+
+
+@contextmanager
+def until_failure() -> Iterator[Failure]:
+    """What raises ends the block and is kept in words, except for want of memory."""
+    failure = Failure()
+    try:
+        yield failure
+    except MemoryError:
+        raise
+    except Exception as error:  # each backend raises classes of its own
+        failure.why = in_words(error)
 
 
 def in_words(error: Exception) -> str:

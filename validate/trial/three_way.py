@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_trt.contract import QUANTIZED
 from mistral_trt.progress import track
-from mistral_trt.validate.artifact_run import Played
 from mistral_trt.validate.findings import OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, LayerSource
+from mistral_trt.validate.reference.fake_quantization import fake_quantized
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
-from mistral_trt.validate.reference.own_precision import Rounding, own_precision_layers
-from mistral_trt.validate.scenarios.scenario import Scenario
+from mistral_trt.validate.reference.own_precision import Alter, Rounding, own_precision_layers
+from mistral_trt.validate.scenarios.scenario import READING, Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.trial import Trial
-from mistral_trt.validate.verdict.quality import READING
+from mistral_trt.validate.trial.artifact_run import Played
+from mistral_trt.validate.trial.trial import Trial
 
 _AT_ONCE = 256
 
@@ -56,7 +57,7 @@ def in_own_precision(trial: Trial, source: LayerSource) -> Own:
         source,
         precision=trial.contract.precision,
         rounding=rounding_of(trial),
-        alter=trial.fake_quantization(),
+        alter=alteration_of(trial),
     )
     with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
         return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)
@@ -67,6 +68,13 @@ def rounding_of(trial: Trial) -> Rounding:
     if trial.subject.runs_engine:
         return "all"
     return "parameters" if trial.contract.cache_dtype == "bfloat16" else "attention"
+
+
+def alteration_of(trial: Trial) -> Alter | None:
+    """What the artifact's precision does to the linears of a layer beyond its dtype."""
+    if trial.contract.precision not in QUANTIZED:
+        return None
+    return fake_quantized(trial.folder, trial.contract)
 
 
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:

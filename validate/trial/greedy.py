@@ -5,39 +5,15 @@ is fed back. The reference then reads prompt and continuation in one forward.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from mistral_trt.runtime.cache import RollingCache
+from mistral_trt.validate.findings import Divergence, GreedyAgreement
 from mistral_trt.validate.reference.hugging_face import Reference
 
 _PROMPT_TOKENS = 64
 _GENERATED_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first token that the reference would not have chosen.
-
-    position: where it stands in prompt and continuation.  reference_margin: how far the reference's logit
-    of its own choice lies above that of the artifact's.
-    """
-
-    position: int
-    artifact_token: int
-    reference_token: int
-    reference_margin: float
-
-
-@dataclass(frozen=True)
-class GreedyAgreement:
-    """How many of the generated tokens, from the first on, the reference would have chosen too."""
-
-    prompt_tokens: int
-    generated: int
-    agreed: int
-    diverged: Divergence | None
 
 
 def split(length: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.findings import Choice, WorstCase
 from mistral_trt.validate.metrics import LogitErrors
-from mistral_trt.validate.trial import Trial
+from mistral_trt.validate.scenarios.tokens import Tokens
 
 KEPT = 10
 _CONTEXT_TOKENS = 12
@@ -40,15 +40,15 @@ def furthest(found: Sequence[FarPosition]) -> list[FarPosition]:
     return [far for far in ranked if distinct[far.position] is far][:KEPT]
 
 
-def worst_cases(found: Mapping[str, Sequence[FarPosition]], trial: Trial) -> tuple[WorstCase, ...]:
+def worst_cases(
+    found: Mapping[str, Sequence[FarPosition]], *, tokens: Tokens, tokenizer: Tokenizer | None
+) -> tuple[WorstCase, ...]:
     """Of all scenarios the worst positions.  found: by scenario."""
-    tokens, has_text = trial.tokens.ids, "tokenizer.json" in trial.subject.manifest.files
-    tokenizer = Tokenizer.from_folder(trial.folder) if has_text else None
     worst = furthest([far for fars in found.values() for far in fars])
     cases = []
     for far in worst:
         name = next(name for name, fars in found.items() if far in fars)
-        context = tokens[max(0, far.position + 1 - _CONTEXT_TOKENS) : far.position + 1]
+        context = tokens.ids[max(0, far.position + 1 - _CONTEXT_TOKENS) : far.position + 1]
         choices = (_choice(tokenizer, *choice) for choice in (far.expected, far.found))
         cases.append(WorstCase(name, far.position, far.kl, _text(tokenizer, context), *choices))
     return tuple(cases)

@@ -10,8 +10,7 @@ import numpy as np
 
 from mistral_trt.errors import MistralTrtError
 from mistral_trt.progress import note, track
-from mistral_trt.validate.artifact_run import in_words, run_greedy, run_pokes, run_scenario
-from mistral_trt.validate.findings import LayerFindings
+from mistral_trt.validate.findings import Findings, GreedyAgreement, LayerFindings
 from mistral_trt.validate.layerwise.follow import follow
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record
@@ -19,10 +18,11 @@ from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, WholeModel, whole_layers
 from mistral_trt.validate.reference.hugging_face import load_model, run_reference
-from mistral_trt.validate.scenarios.greedy import GreedyAgreement, greedy_agreement, split
-from mistral_trt.validate.three_way import References, in_own_precision, reference_of, third_leg
-from mistral_trt.validate.trial import Findings, Trial
-from mistral_trt.validate.worst_cases import worst_cases
+from mistral_trt.validate.trial.artifact_run import in_words, run_greedy, run_pokes, run_scenario
+from mistral_trt.validate.trial.greedy import greedy_agreement, split
+from mistral_trt.validate.trial.three_way import References, in_own_precision, reference_of, third_leg
+from mistral_trt.validate.trial.trial import Trial
+from mistral_trt.validate.trial.worst_cases import worst_cases
 
 
 def compare_whole(trial: Trial) -> Findings:
@@ -47,7 +47,9 @@ def compare_whole(trial: Trial) -> Findings:
         pokes=tuple(pokes),
         layers=layers,
         own_precision=third_leg(references, played, tokens=tokens),
-        worst_cases=worst_cases({name: found.worst for name, found in played.items()}, trial),
+        worst_cases=worst_cases(
+            {name: found.worst for name, found in played.items()}, tokens=tokens, tokenizer=trial.tokenizer
+        ),
         failures={place: why for place, why in failures.items() if why is not None},
         notes=(),
     )

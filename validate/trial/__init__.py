@@ -1,0 +1,1 @@
+"""What is to be compared → findings: both sides run, whole in memory or one layer at a time."""
