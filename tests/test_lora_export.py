@@ -130,6 +130,10 @@ def test_a_validation_merges_by_peft_and_passes(
         validate_artifact(Job(onnx, reference=source, out=tmp_path / "x"))
     with pytest.raises(ValidationError, match="pass the same, in the same order"):
         validate_artifact(Job(onnx, reference=source, out=tmp_path / "x", loras=tuple(loras[::-1])))
+    plain = tmp_path / "plain"
+    export_checkpoint(source, plain, precision="fp32", prefill_chunk=4)
+    with pytest.raises(ValidationError, match="made with no adapter; leave --lora out"):
+        validate_artifact(Job(plain, reference=source, out=tmp_path / "x", loras=tuple(loras)))
 
 
 def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoint: Folder) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mistral_trt.errors import ValidationError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
-from mistral_trt.validate.scenarios.tokens import TEXT, random_tokens, text_tokens
+from mistral_trt.validate.scenarios.tokens import TEXT, random_tokens, read_beginning, text_tokens
 from tests.models import write_tokenizer
 
 
@@ -53,6 +53,26 @@ def test_text_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
             text_tokens(tokenizer, path, length=4, vocab_size=259)
     with pytest.raises(ValidationError, match="another model's"):
         text_tokens(tokenizer, text, length=4, vocab_size=50)
+
+
+def test_a_text_of_blanks_is_refused_though_every_text_starts_with_a_token(
+    tmp_path: Path,
+) -> None:
+    tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path))
+    assert tokenizer.encode("") == [0]
+    for blank in ("", " \n\n"):
+        text = tmp_path / "blank.txt"
+        text.write_text(blank)
+        with pytest.raises(ValidationError, match="holds no text"):
+            text_tokens(tokenizer, text, length=4, vocab_size=259)
+
+
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path: Path) -> None:
+    tokenizer, text = Tokenizer.from_folder(write_tokenizer(tmp_path)), tmp_path / "long.txt"
+    text.write_text("a whale\n" * 300_000)
+    assert len(read_beginning(text, length=10)) == 1 << 20
+    assert len(read_beginning(text, length=200_000)) == 1_600_000
+    assert text_tokens(tokenizer, text, length=10, vocab_size=259).source == "text: long.txt"
 
 
 def test_the_token_hash_is_of_the_ids() -> None:

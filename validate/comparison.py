@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from mistral_trt.artifact import new_artifact, require_apart
 from mistral_trt.errors import ValidationError
@@ -34,7 +33,7 @@ from mistral_trt.validate.report.folder import write_report
 from mistral_trt.validate.report.report import JSON_NAME, Report
 from mistral_trt.validate.scenarios.probes import probes
 from mistral_trt.validate.scenarios.scenario import Scenario, scenarios
-from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, text_tokens
+from mistral_trt.validate.scenarios.tokens import TEXT, Tokens, random_tokens, read_beginning, text_tokens
 from mistral_trt.validate.subject import Subject, open_subject
 from mistral_trt.validate.trial.streaming import compare_streaming
 from mistral_trt.validate.trial.trial import Trial, parameters
@@ -146,7 +145,8 @@ def stored_weights(trial: Trial) -> WeightFindings:
     source = trial.source
     with track("weights", len(source.weights), unit="tensors") as advance:
         found = compare_weights(trial.folder, trial.contract, source, advance=advance)
-    tokenizer = compare_tokenizers(trial.folder, source, text_of(trial.job))
+    text = read_beginning(trial.job.text or TEXT, length=len(trial.tokens.ids))
+    tokenizer = compare_tokenizers(trial.folder, source, text)
     if tokenizer is None or not tokenizer.differ:
         return found
     words = (
@@ -154,11 +154,6 @@ def stored_weights(trial: Trial) -> WeightFindings:
         f"first {tokenizer.where}"
     )
     return replace(found, wrong={**found.wrong, "tokenizer.json": words})
-
-
-def text_of(job: Job) -> str:
-    path: Path = job.text or TEXT
-    return path.read_text(encoding="utf-8")
 
 
 def polygraphy_verdicts(trial: Trial) -> tuple[PolygraphyResult, ...]:

@@ -161,7 +161,9 @@ def require_same_checkpoint(manifest: Manifest, source: Checkpoint) -> None:
         )
     if manifest.sources.get("lora") != found.get("lora"):
         merged = manifest.details.get("lora") or []
-        names = ", ".join(f"{entry['name']} at scale {entry['scale']:g}" for entry in merged) or "no adapter"
+        if not merged:
+            raise ValidationError("this artifact was made with no adapter; leave --lora out")
+        names = ", ".join(f"{entry['name']} at scale {entry['scale']:g}" for entry in merged)
         raise ValidationError(
             f"this artifact was made with {names}; pass the same, in the same order, as --lora DIR[:SCALE]"
         )

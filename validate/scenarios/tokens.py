@@ -13,6 +13,10 @@ from mistral_trt.runtime.text.tokenizer import Tokenizer
 TEXT = Path(__file__).with_name("text.txt")
 """Two chapters' beginning of a novel in the public domain (TEXT-SOURCE.md)."""
 
+_CHARACTERS_READ = 1 << 20
+_CHARACTERS_OF_A_TOKEN = 8
+"""More than a token of prose has, so that a text is not repeated while there is more of it."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -38,17 +42,29 @@ class Tokens:
         return np.array([*self.ids[1:], -1])
 
 
+def read_beginning(path: Path, *, length: int) -> str:
+    """A text as far as it is needed for `length` tokens: a megabyte, or more where that takes more.
+
+    Raises ValidationError for a file that is not text, or holds nothing but blanks.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(max(_CHARACTERS_READ, _CHARACTERS_OF_A_TOKEN * length))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValidationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValidationError(f"{path} holds no text; expected a file with some, or --random-tokens")
+    return text
+
+
 def text_tokens(tokenizer: Tokenizer, path: Path, *, length: int, vocab_size: int) -> Tokens:
     """The first `length` tokens of a text, repeated from its start where it is shorter.
 
     Raises ValidationError for a file that is not text or a tokenizer that is not this model's.
     """
-    try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValidationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    ids = tokenizer.encode(read_beginning(path, length=length))
     if not ids:
-        raise ValidationError(f"{path} holds no text")
+        raise ValidationError(f"the artifact's tokenizer gives no token for {path}; try --random-tokens")
     if max(ids) >= vocab_size:
         raise ValidationError(
             f"the artifact's tokenizer gives token {max(ids)}, but its model knows {vocab_size} tokens only: "

@@ -1,6 +1,7 @@
 """Measured numbers + the table of limits → gates passed, failed and not decided."""
 
 import math
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,10 +62,10 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.metric not in TITLES:
-            raise ValidationError(f"gates: unknown metric {self.metric!r}; known are {', '.join(TITLES)}")
+            raise ValidationError(f"unknown metric {self.metric!r}; known are {', '.join(TITLES)}")
         bound = "at_least" if self.metric in _MORE_IS_BETTER else "at_most"
         if self.bound != bound:
-            raise ValidationError(f"gates: {self.metric} takes {bound}, found {self.bound}")
+            raise ValidationError(f"{self.metric} takes {bound}, found {self.bound}")
 
     def holds(self, value: float) -> bool:
         """Whether `value` passes; NaN never does."""
@@ -127,9 +128,13 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValidationError(f"{path} cannot be read as a table of gates: {error}") from error
     for precision, rows in data.items():
-        if precision not in ("every", *CACHE_DTYPES) or not isinstance(rows, dict):
+        if precision not in ("every", *CACHE_DTYPES):
             known = ", ".join(["every", *CACHE_DTYPES])
             raise ValidationError(f"{path}: unknown precision {precision!r}; known are {known}")
+        if not isinstance(rows, dict):
+            raise ValidationError(
+                f"{path}: expected tables like [{precision}.kl_max], found {precision} = {rows!r}"
+            )
         for metric, row in rows.items():
             _gate(metric, row, path)
     return data
@@ -140,20 +145,27 @@ def _rows(data: Mapping[str, dict[str, Any]], precision: str) -> dict[str, Any]:
 
 
 def _gate(metric: str, row: object, table: Path) -> Gate:
-    found = row if isinstance(row, dict) else {}
-    bounds = sorted({"at_most", "at_least"} & set(found))
-    if len(bounds) != 1 or set(found) - _KEYS or not isinstance(found.get("reason"), str):
+    if not isinstance(row, dict):
+        raise ValidationError(
+            f"{table}: expected {metric} to be a table of a limit and a reason, found {row!r}"
+        )
+    bounds = sorted({"at_most", "at_least"} & set(row))
+    if len(bounds) != 1 or set(row) - _KEYS or not isinstance(row.get("reason"), str):
         raise ValidationError(
             f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions "
-            f"beside them, found {sorted(found)}"
+            f"beside them, found {sorted(row)}"
         )
-    limit, least = found[bounds[0]], found.get("min_positions", 0)
-    if type(limit) not in (int, float) or not math.isfinite(limit) or type(least) is not int:
+    limit, least = row[bounds[0]], row.get("min_positions", 0)
+    finite = type(limit) in (int, float) and abs(limit) <= sys.float_info.max  # NaN is not, nor 10**400
+    if not finite or type(least) is not int:
         raise ValidationError(
             f"{table}: the limit of {metric} must be a finite number and min_positions a whole one, "
             f"found {limit!r} and {least!r}"
         )
-    return Gate(metric, bounds[0], float(limit), found["reason"], least)
+    try:
+        return Gate(metric, bounds[0], float(limit), row["reason"], least)
+    except ValidationError as error:
+        raise ValidationError(f"{table}: {error}") from error
 
 
 def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Path) -> Gate:
