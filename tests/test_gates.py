@@ -277,3 +277,27 @@ def test_an_override_that_loosens_or_is_damaged_is_refused(tmp_path: Path, text:
 def test_the_same_limit_is_no_loosening(tmp_path: Path) -> None:
     own = table(tmp_path, "[fp16.kl_max]\nat_most = 0.01\nreason = 'x'")
     assert {gate.metric: gate.limit for gate in read_gates("fp16", override=own)}["kl_max"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("limit", "times", "cost", "allowed"),
+    [(0.5, 2, 0.4, 0.8), (0.5, 2, 0.2, 0.5), (0.5, 0, 9.0, 0.5), (0.5, 2, None, 0.5), (0.5, 2, np.inf, 0.5)],
+)
+def test_a_limit_gives_way_to_what_the_precision_costs(
+    limit: float, times: float, cost: float | None, allowed: float
+) -> None:
+    gate = Gate("kl_max", "at_most", limit, "why", times_cost=times)
+    assert gate.allowing(cost).limit == allowed
+    assert ("instead of 0.5" in gate.allowing(cost).reason) == (allowed != limit)
+
+
+def test_so_does_a_share_that_must_agree() -> None:
+    gate = Gate("top1_agreement", "at_least", 0.99, "why", times_cost=2)
+    assert gate.allowing(0.98).limit == pytest.approx(0.96)
+    assert gate.allowing(0.999) is gate
+
+
+def test_codes_are_no_excuse() -> None:
+    """Their cost is made of the artifact's own scales: with a wrong one the limit would rise too."""
+    for precision in ("int8", "int8-weight-only", "int4", "fp8"):
+        assert not any(gate.times_cost for gate in read_gates(precision))

@@ -40,7 +40,7 @@ from mistral_trt.validate.trial.trial import Trial, parameters
 from mistral_trt.validate.trial.whole import compare_whole
 from mistral_trt.validate.verdict import gates as table
 from mistral_trt.validate.verdict.gates import Gate
-from mistral_trt.validate.verdict.parts import measure_parts
+from mistral_trt.validate.verdict.parts import costs, measure_parts
 from mistral_trt.validate.verdict.quality import measure_quality
 from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.tokenizer import compare_tokenizers
@@ -109,6 +109,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         **table.measure(found.scenarios, found.pokes, failures=failures),
         **measure_parts(layers=found.layers, own=found.own_precision, weights=weights, ring=contract.ring),
     }
+    cost = costs(found.own_precision)
+    limits = [gate.allowing(cost.get(gate.metric)) for gate in limits]
     left = table.undecided(limits, measured)
     return Report(
         contract=contract,

@@ -4,7 +4,7 @@ import math
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ TITLES = {
 """Every quantity that can be gated, in the order of the report."""
 
 _MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement")
-_KEYS = {"at_most", "at_least", "reason", "min_positions"}
+_KEYS = {"at_most", "at_least", "reason", "min_positions", "times_cost"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gate:
-    """One row of the table.  bound: "at_most" or "at_least".  min_positions: fewer decide nothing."""
+    """One row of the table.  bound: "at_most" or "at_least".  min_positions: fewer decide nothing.
+
+    times_cost: on a model that rounding itself costs more, the limit gives way to so many times that cost; 0
+    is never.
+    """
 
     metric: str
     bound: str
     limit: float
     reason: str
     min_positions: int = 0
+    times_cost: float = 0.0
 
     def __post_init__(self) -> None:
         if self.metric not in TITLES:
@@ -70,6 +75,20 @@ class Gate:
     def holds(self, value: float) -> bool:
         """Whether `value` passes; NaN never does."""
         return value <= self.limit if self.bound == "at_most" else value >= self.limit
+
+    def allowing(self, cost: float | None) -> "Gate":
+        """The gate for a model that the precision itself costs `cost`, in this gate's metric; None: unknown.
+
+        At most 0.5, 2 times the cost, cost 0.4 -> at most 0.8.  At least 0.99, cost 0.98 -> at least 0.96.
+        """
+        if cost is None or not self.times_cost or not math.isfinite(cost):
+            return self
+        least = self.bound == "at_least"
+        limit = 1 - self.times_cost * (1 - cost) if least else self.times_cost * cost
+        if self.holds(limit):
+            return self
+        reason = f"{self.times_cost:g} times what this precision costs this model, instead of {self.limit:g}"
+        return replace(self, limit=limit, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ def read_gates(precision: str, table: Path = TABLE, override: Path | None = None
     """The gates of a precision, in the order of the report.
 
     override: a user's table of the same shape, whose rows add gates or tighten those of `table`; a row
-    without min_positions keeps that of `table`.
+    without min_positions keeps that of `table`, one without times_cost has none.
     Raises ValidationError for a damaged table and for a row that would loosen a gate.
     """
     data = _read(table)
@@ -153,19 +172,23 @@ def _gate(metric: str, row: object, table: Path) -> Gate:
     if len(bounds) != 1 or set(row) - _KEYS or not isinstance(row.get("reason"), str):
         raise ValidationError(
             f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions "
-            f"beside them, found {sorted(row)}"
+            f"and times_cost beside them, found {sorted(row)}"
         )
-    limit, least = row[bounds[0]], row.get("min_positions", 0)
-    finite = type(limit) in (int, float) and abs(limit) <= sys.float_info.max  # NaN is not, nor 10**400
-    if not finite or type(least) is not int:
+    limit, least, times = row[bounds[0]], row.get("min_positions", 0), row.get("times_cost", 0)
+    if not _finite(limit) or not _finite(times) or times < 0 or type(least) is not int:
         raise ValidationError(
-            f"{table}: the limit of {metric} must be a finite number and min_positions a whole one, "
-            f"found {limit!r} and {least!r}"
+            f"{table}: the limit of {metric} must be a finite number, min_positions a whole one and "
+            f"times_cost not negative, found {limit!r}, {least!r} and {times!r}"
         )
     try:
-        return Gate(metric, bounds[0], float(limit), row["reason"], least)
+        return Gate(metric, bounds[0], float(limit), row["reason"], least, float(times))
     except ValidationError as error:
         raise ValidationError(f"{table}: {error}") from error
+
+
+def _finite(number: Any) -> bool:
+    """NaN is not, nor is 10**400."""
+    return type(number) in (int, float) and abs(number) <= sys.float_info.max
 
 
 def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Path) -> Gate:
@@ -177,6 +200,11 @@ def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Pat
         raise ValidationError(
             f"{path}: {metric} may only be tightened: {asked.bound} {asked.limit:g} is looser than "
             f"{ours.bound} {ours.limit:g}; take that row out or give a tighter limit"
+        )
+    if asked.times_cost > ours.times_cost:
+        raise ValidationError(
+            f"{path}: {metric} may only be tightened: times_cost {asked.times_cost:g} is looser than "
+            f"{ours.times_cost:g}; take it out or give a smaller one"
         )
     if asked.min_positions > ours.min_positions:
         raise ValidationError(

@@ -17,7 +17,7 @@ from mistral_trt.validate.findings import (
     OwnPrecision,
     WeightFindings,
 )
-from mistral_trt.validate.metrics import mean
+from mistral_trt.validate.metrics import mean, worst
 from mistral_trt.validate.verdict.gates import Measured
 
 _JUMP = 5.0
@@ -57,6 +57,25 @@ def measure_parts(
         "cache_error_max": None if layers is None else _worst_cache(layers, ring),
         "activation_max": None if layers is None else _largest_activation(layers),
         **_own_precision(own),
+    }
+
+
+def costs(own: OwnPrecision | None) -> dict[str, float]:
+    """What the precision alone costs this model: the reference that has it, against the one in float32."""
+    if own is None:
+        return {}
+    errors = own.reference
+    means = {
+        "relative_error_mean": mean(errors, "relative"),
+        "kl_mean": mean(errors, "kl"),
+        "top1_agreement": mean(errors, "agree"),
+    }
+    return {
+        "logit_error_max": worst(errors, "max_abs").value,
+        "kl_max": worst(errors, "kl").value,
+        "cosine_distance_max": worst(errors, "cosine").value,
+        **means,
+        **{f"own_{name}": value for name, value in means.items()},
     }
 
 
