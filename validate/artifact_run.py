@@ -3,11 +3,13 @@
 A call that raises ends what it belongs to and is a finding of its own, except for want of memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from mistral_trt.errors import GraphError, MistralTrtError
 from mistral_trt.progress import Advance, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.validate.metrics import LogitErrors, by_position, concatenate, logit_errors
@@ -20,6 +22,7 @@ from mistral_trt.validate.verdict.gates import ScenarioResult
 from mistral_trt.validate.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256
+_Result = TypeVar("_Result")
 
 
 def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | None]:
@@ -127,6 +130,21 @@ def run_pokes(cache: RollingCache, tokens: Tokens) -> tuple[list[PokeResult], st
 def _count_calls(results: Sequence[PokeResult], result: PokeResult, advance: Advance) -> None:
     if not results or results[-1].question != result.question:
         advance(1)
+
+
+def attempt(work: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+    """What some work over parts of the artifact's graph gives, or why the graph failed in it.
+
+    Errors of ours that do not blame the graph are raised.
+    """
+    try:
+        return work(), None
+    except GraphError as error:
+        return None, in_words(error)
+    except (MemoryError, MistralTrtError):
+        raise
+    except Exception as error:  # ONNX Runtime raises a class of its own for each status
+        return None, in_words(error)
 
 
 def in_words(error: Exception) -> str:

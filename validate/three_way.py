@@ -3,11 +3,12 @@
 So that rounding, which the second shows as well, is not blamed on the graph.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.progress import track
 from mistral_trt.validate.artifact_run import Played
 from mistral_trt.validate.findings import OwnPrecision
@@ -25,9 +26,12 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Own:
-    """The reference in the artifact's own precision.  words: how it computes."""
+    """The reference in the artifact's own precision.
 
-    reference: Reference
+    reference: None where the artifact's scales let none be computed.  words: how it computes, or why not.
+    """
+
+    reference: Reference | None
     words: str
 
 
@@ -40,7 +44,7 @@ class References:
 
     def of(self, plan: Scenario) -> list[Reference]:
         """The reference; for the scenario that is read, the one in its own precision too."""
-        if self.own is None or plan.name != READING:
+        if self.own is None or self.own.reference is None or plan.name != READING:
             return [self.reference]
         return [self.reference, self.own.reference]
 
@@ -48,6 +52,24 @@ class References:
 def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
     """hidden: float32 [T, hidden_size], what left the last layer."""
     return Reference(layers.norm(hidden), layers.head())
+
+
+def try_own_precision(trial: Trial, source: Callable[[], LayerSource]) -> Own | None:
+    """`in_own_precision` where there is a third leg. Scales that it cannot use are a finding, not the end."""
+    if not trial.compares_own_precision:
+        return None
+    try:
+        return in_own_precision(trial, source())
+    except (ManifestError, ValidationError) as error:  # of the artifact: the float32 reference has been run
+        return Own(None, f"not computed: {error}")
+
+
+def own_precision_notes(references: References) -> tuple[str, ...]:
+    """What has to be said of a third leg that is missing."""
+    own = references.own
+    if own is None or own.reference is not None:
+        return ()
+    return (f"The reference in the artifact's own precision was {own.words}.",)
 
 
 def in_own_precision(trial: Trial, source: LayerSource) -> Own:
@@ -73,6 +95,8 @@ def third_leg(references: References, played: Mapping[str, Played], *, tokens: T
     """The artifact against the reference in its own precision, and that one against the reference."""
     if references.own is None:
         return None
+    if references.own.reference is None:  # no number is held against the gates, and so they fail
+        return OwnPrecision(references.own.words, concatenate([]), concatenate([]))
     artifact = played[READING].results[1].errors
     pairs = list(_compare(references.own.reference, references.reference, tokens))
     return OwnPrecision(references.own.words, artifact, concatenate(pairs))

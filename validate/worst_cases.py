@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_trt.errors import ManifestError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.findings import Choice, WorstCase
 from mistral_trt.validate.metrics import LogitErrors
@@ -43,7 +44,10 @@ def furthest(found: Sequence[FarPosition]) -> list[FarPosition]:
 def worst_cases(found: Mapping[str, Sequence[FarPosition]], trial: Trial) -> tuple[WorstCase, ...]:
     """Of all scenarios the worst positions.  found: by scenario."""
     tokens, has_text = trial.tokens.ids, "tokenizer.json" in trial.subject.manifest.files
-    tokenizer = Tokenizer.from_folder(trial.folder) if has_text else None
+    try:
+        tokenizer = Tokenizer.from_folder(trial.folder) if has_text else None
+    except ManifestError:  # a finding of the weights'
+        tokenizer = None
     worst = furthest([far for fars in found.values() for far in fars])
     cases = []
     for far in worst:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -41,7 +41,7 @@ class Tokens:
 def text_tokens(tokenizer: Tokenizer, path: Path, *, length: int, vocab_size: int) -> Tokens:
     """The first `length` tokens of a text, repeated from its start where it is shorter.
 
-    Raises ValidationError for a file that is not text or a tokenizer that is not this model's.
+    Raises ValidationError for a file that is not text, ManifestError for another model's tokenizer.
     """
     try:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def text_tokens(tokenizer: Tokenizer, path: Path, *, length: int, vocab_size: in
     if not ids:
         raise ValidationError(f"{path} holds no text")
     if max(ids) >= vocab_size:
-        raise ValidationError(
+        raise ManifestError(
             f"the artifact's tokenizer gives token {max(ids)}, but its model knows {vocab_size} tokens only: "
             "it is another model's"
         )
