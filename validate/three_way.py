@@ -79,6 +79,7 @@ def in_own_precision(trial: Trial, source: LayerSource) -> Own:
         precision=trial.contract.precision,
         rounding=rounding_of(trial),
         alter=trial.fake_quantization(),
+        alter_head=trial.fake_quantized_head(),
     )
     with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
         return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)

@@ -8,8 +8,8 @@ from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WorstCase
 from mistral_trt.validate.job import Job
-from mistral_trt.validate.reference.fake_quantization import fake_quantized
-from mistral_trt.validate.reference.own_precision import Alter
+from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
+from mistral_trt.validate.reference.own_precision import Alter, AlterHead
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.scenario import Scenario
@@ -57,6 +57,12 @@ class Trial:
         if self.contract.precision not in QUANTIZED:
             return None
         return fake_quantized(self.folder, self.contract)
+
+    def fake_quantized_head(self) -> AlterHead | None:
+        """The same of its lm_head."""
+        if self.contract.precision not in QUANTIZED:
+            return None
+        return fake_quantized_head(self.folder, self.contract)
 
 
 @dataclass(frozen=True)
