@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.errors import BackendError, EngineMismatchError
+from mistral_trt.errors import BackendError, EngineMismatchError, GraphError
 from mistral_trt.runtime.backend import Logits, Progress, RingArray, Step
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -27,7 +27,8 @@ class OnnxRuntimeBackend:
     with weights dequantized once into float32, instead of ONNX Runtime's quantized kernels: those round the
     inputs of int4 and int8-weight-only linears to INT8 as well.  fp8, for which it has none, is always so.
     provider: "cpu", "cuda", or "auto" for CUDA where this ONNX Runtime has it.
-    Raises EngineMismatchError for a graph that ONNX Runtime cannot run here.
+    Raises GraphError for a graph that does not load or is not the contract's, EngineMismatchError for one
+    that cannot run here.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class OnnxRuntimeBackend:
         found = [[value.name for value in values] for values in _signature(self._session)]
         expected = [[s.name for s in specs] for specs in (self.contract.inputs(), self.contract.outputs())]
         if found != expected:
-            raise EngineMismatchError(
+            raise GraphError(
                 "the graph's inputs and outputs are not the contract's; export the checkpoint again"
             )
 
@@ -245,7 +246,7 @@ def open_session(
     """An ONNX Runtime session.
 
     dequantize: turn quantized weights into float32 when the graph is loaded.
-    Raises EngineMismatchError if the graph cannot be loaded.
+    Raises GraphError if the graph cannot be loaded, EngineMismatchError if the provider cannot start.
     """
     if threads is not None and threads < 1:
         raise EngineMismatchError(f"threads must be at least 1, found {threads}")
@@ -258,7 +259,7 @@ def open_session(
     try:
         session = ort.InferenceSession(str(model_path), options, providers=PROVIDERS[provider])
     except Exception as error:  # ONNX Runtime raises a class of its own for each status
-        raise EngineMismatchError(
+        raise GraphError(
             f"ONNX Runtime {ort.__version__} cannot load {model_path} "
             f"(1.26 and newer are known to run this graph): {error}"
         ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 
 from mistral_trt.export.quantization.scheme import KINDS
 from tests.alteration import edit_graph, exchange_linears, node, reorder_outputs, stored, write_codes
@@ -100,3 +101,102 @@ def scales_shifted(folder: Path) -> None:
 def input_clipped(folder: Path) -> None:
     """The step in which q, k and v_proj round their input is an eighth, so its largest numbers are cut."""
     scale_times(1 / 8, *(f"{LAYER}self_attn.{kind}_proj.input_scale" for kind in "qkv"))(folder)
+
+
+def zero_points_of_one(folder: Path) -> None:
+    """Every zero point of weights and inputs."""
+
+    def shift(graph: onnx.GraphProto) -> None:
+        zeros = {node.input[2] for node in graph.node if node.op_type.endswith("Linear") and node.input[2:]}
+        for tensor in graph.initializer:
+            if tensor.name in zeros:
+                tensor.raw_data = bytes([1] * len(tensor.raw_data))
+
+    edit_graph(folder, shift)
+
+
+def scale_of(name: str, value: float) -> Alteration:
+    """The first of a linear's scales, or an input's step, is `value`."""
+
+    def write(folder: Path) -> None:
+        scale_numbers(folder, name)[0] = value
+
+    return write
+
+
+def scale_typed(name: str, dtype: int) -> Alteration:
+    """The graph says that the numbers of a scale are of another dtype."""
+
+    def declare(graph: onnx.GraphProto) -> None:
+        next(tensor for tensor in graph.initializer if tensor.name == name).data_type = dtype
+
+    return lambda folder: edit_graph(folder, declare)
+
+
+def nodes_left_out(*names: str) -> Alteration:
+    """What read a node's output reads its first input."""
+
+    def leave_out(graph: onnx.GraphProto) -> None:
+        for name in names:
+            found = node(graph, name)
+            for reader in graph.node:
+                for i, value in enumerate(reader.input):
+                    if value == found.output[0]:
+                        reader.input[i] = found.input[0]
+            graph.node.remove(found)
+
+    return lambda folder: edit_graph(folder, leave_out)
+
+
+def attribute_of(name: str, key: str, value: int) -> Alteration:
+    def write(graph: onnx.GraphProto) -> None:
+        found = node(graph, name)
+        kept = [attribute for attribute in found.attribute if attribute.name != key]
+        del found.attribute[:]
+        found.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
+
+    return lambda folder: edit_graph(folder, write)
+
+
+def input_renamed(graph: onnx.GraphProto) -> None:
+    for value in graph.input:
+        value.name = value.name.replace("position_ids", "positions")
+    for found in graph.node:
+        found.input[:] = [name.replace("position_ids", "positions") for name in found.input]
+
+
+def output_left_out(graph: onnx.GraphProto) -> None:
+    del graph.output[-1]
+
+
+def unknown_operator(graph: onnx.GraphProto) -> None:
+    node(graph, f"{LAYER}mlp/Mul_1").op_type = "Unheard"
+
+
+def nameless(graph: onnx.GraphProto) -> None:
+    """Validation finds the modules by the names of their nodes."""
+    for found in graph.node:
+        found.name = ""
+
+
+def impossible_shape(graph: onnx.GraphProto) -> None:
+    """A Reshape that loads and can never run."""
+    shape = node(graph, f"{LAYER}self_attn/Reshape").input[1]
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == shape)
+    numbers = numpy_helper.to_array(tensor).copy()
+    numbers[-1] = 7
+    tensor.CopyFrom(numpy_helper.from_array(numbers, shape))
+
+
+def weights_elsewhere(graph: onnx.GraphProto) -> None:
+    """v_proj lies in a file that is not there."""
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == V)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "gone.bin"
+
+
+def no_onnx(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"not a graph")
+
+
+def unreadable_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 
 from mistral_trt.contract import GraphContract, plan_contract
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import GraphError, ValidationError
 from mistral_trt.export.quantization.nodes import quantize_graph
 from mistral_trt.export.quantization.placement import place_stored
 from mistral_trt.export.quantization.scheme import linear_names, scheme_for
@@ -33,6 +33,7 @@ from mistral_trt.validate.layerwise.steps import Hidden, Recording, gather
 from mistral_trt.validate.scenarios.poke import poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
 from mistral_trt.validate.twin import float32_twin
+from tests.alteration import edit_graph, node
 from tests.conftest import BuiltGraph
 from tests.graphs import fill_weights
 from tests.models import TINY
@@ -359,20 +360,20 @@ def test_a_layer_is_gone_before_the_next_is_loaded(made: Files, monkeypatch: pyt
 def test_a_graph_of_another_make_is_refused(made: Files, tmp_path: Path) -> None:
     artifact = altered(made("fp32"), tmp_path / "other", {})
     model = ir.load(artifact.path)
-    for node in model.graph:
-        node.name = str(node.name).replace("layers.1.", "blocks.1.")
+    for renamed in model.graph:
+        renamed.name = str(renamed.name).replace("layers.1.", "blocks.1.")
     ir.save(model, artifact.path)
     recording = recorded(artifact.contract, plans(artifact.contract)[0])
     with (
         opened(artifact) as layers,
-        pytest.raises(ValidationError, match="cannot be cut into its layers: .*graph inputs"),
+        pytest.raises(GraphError, match="cannot be cut into its layers: .*graph inputs"),
     ):
         run_layers(layers, recording)
     model = read_graph(artifact.folder, artifact.contract)
     next(node for node in model.graph if node.name == "model/Mod_1").replace_input_with(
         0, next(value for value in model.graph.inputs if value.name == "logits_index")
     )
-    with pytest.raises(ValidationError, match="cannot be cut into its layers: .*logits_index"):
+    with pytest.raises(GraphError, match="cannot be cut into its layers: .*logits_index"):
         cut_layer(model, 0)
 
 
@@ -380,8 +381,12 @@ def test_what_cannot_be_loaded_is_said(made: Files, tmp_path: Path) -> None:
     artifact = altered(made("fp32"), tmp_path / "other", {})
     (artifact.folder / f"{GRAPH_NAME}.data").write_bytes(b"short")
     recording = recorded(artifact.contract, plans(artifact.contract)[0])
-    with opened(artifact) as layers, pytest.raises(ValidationError, match="cannot load a part of"):
-        layers.embed(recording)
+    with pytest.raises(GraphError, match=r"expected \d+ bytes in .*model.onnx.data, found 5"):
+        opened(artifact)
+    other = altered(made("fp32"), tmp_path / "operator", {})
+    edit_graph(other.folder, lambda graph: setattr(node(graph, f"{UP}/MatMul"), "op_type", "Unheard"))
+    with opened(other) as layers, pytest.raises(GraphError, match="cannot load a part of"):
+        layers.run(1, recording, [np.zeros((1, 4, TINY.hidden_size), np.float32)])
 
 
 # ---------------------------------------------------------------- ranges

@@ -25,7 +25,10 @@ from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.validate.findings import WeightFindings
+from mistral_trt.validate.reference.decoder import WholeModel
 from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
+from mistral_trt.validate.reference.hugging_face import load_model, run_layers
+from mistral_trt.validate.reference.own_precision import AlterHead, own_precision_layers
 from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.distance import spacing
 from mistral_trt.validate.weights.graph import nibbles
@@ -566,6 +569,27 @@ def test_the_codes_come_from_the_checkpoint(copy: Made) -> None:
     stored(pair.folder, Q)[:] = 0
     assert distance(reference(pair, fake=True), healthy) < FAKE["int4"]
     assert distance(artifact(pair), healthy) > 5 * FAKE["int4"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantized_head_is_one_in_the_artifacts_own_precision(made: Made, precision: str) -> None:
+    pair = made(precision, quantize_lm_head=True)
+    model = load_model(Checkpoint.open(pair.checkpoint), sliding_window=pair.contract.ring.sliding_window)
+
+    def own(alter_head: AlterHead | None) -> npt.NDArray[Any]:
+        layers = own_precision_layers(
+            WholeModel(model),
+            precision=precision,
+            rounding="attention",
+            alter=fake_quantized(pair.folder, pair.contract),
+            alter_head=alter_head,
+        )
+        return run_layers(layers, tokens()).logits(0, LENGTH)
+
+    found = artifact(pair)
+    near = distance(found, own(fake_quantized_head(pair.folder, pair.contract)))
+    assert near < FAKE[precision]
+    assert near < 0.7 * distance(found, own(None))
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.scenarios.tokens import TEXT, random_tokens, read_beginning, text_tokens
 from tests.models import write_tokenizer
@@ -51,7 +51,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     for path in (missing, binary):
         with pytest.raises(ValidationError, match="cannot be read as UTF-8 text"):
             text_tokens(tokenizer, path, length=4, vocab_size=259)
-    with pytest.raises(ValidationError, match="another model's"):
+    with pytest.raises(ManifestError, match="another model's"):
         text_tokens(tokenizer, text, length=4, vocab_size=50)
 
 

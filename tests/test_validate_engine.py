@@ -16,7 +16,7 @@ from mistral_trt.devices import Device
 from mistral_trt.manifest import PLAN_NAME, describe_files, manifest_sha256, read_manifest
 from mistral_trt.runtime import device
 from mistral_trt.runtime.loading import open_artifact
-from mistral_trt.validate import opening
+from mistral_trt.validate import comparison, opening
 from mistral_trt.validate.report import page
 from mistral_trt.validate.scenarios.poke import poke_probe, questions
 from tests.conftest import Folder
@@ -216,6 +216,7 @@ def test_an_engine_for_another_gpu_is_not_run(
     on_gpu(monkeypatch)
     other = Device("NVIDIA H100", 80 * 10**9, "580.65.06", "9.0")
     monkeypatch.setattr(device, "local_device", lambda: other)
+    monkeypatch.setattr(comparison, "stored_weights", None)  # it is refused before anything is compared
     assert built.validate() == 2
     assert "was built for NVIDIA A10G (compute capability 8.6)" in capsys.readouterr().err
     assert not built.out.exists()

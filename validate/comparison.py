@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from mistral_trt.artifact import new_artifact, require_apart
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.lora import Adapter
 from mistral_trt.progress import note, track
@@ -74,16 +74,19 @@ def prepare(job: Job) -> tuple[Trial, list[Gate]]:
 
 
 def choose_tokens(job: Job, subject: Subject) -> Tokens:
-    """Text where the artifact has a tokenizer, else random tokens. Raises ValidationError."""
+    """Text where the artifact has a tokenizer to read it, else random tokens. Raises ValidationError."""
     contract = subject.contract
     vocab_size = contract.config.vocab_size
     length = job.budget.length(contract) if job.length is None else check_length(job.length, contract)
     if job.random_tokens:
         return random_tokens(length=length, vocab_size=vocab_size, seed=job.seed)
     if "tokenizer.json" in subject.manifest.files:
-        tokenizer = Tokenizer.from_folder(subject.folder)
-        return text_tokens(tokenizer, job.text or TEXT, length=length, vocab_size=vocab_size)
-    if job.text is not None:
+        try:
+            tokenizer = Tokenizer.from_folder(subject.folder)
+            return text_tokens(tokenizer, job.text or TEXT, length=length, vocab_size=vocab_size)
+        except ManifestError as error:
+            note(f"reading random tokens: {error}")  # `stored_weights` makes a finding of it
+    elif job.text is not None:
         raise ValidationError(
             f"{subject.folder} has no tokenizer, so --text cannot be read; leave it out for random tokens"
         )
@@ -148,7 +151,10 @@ def stored_weights(trial: Trial) -> WeightFindings:
     with track("weights", len(source.weights), unit="tensors") as advance:
         found = compare_weights(trial.folder, trial.contract, source, advance=advance)
     text = read_beginning(trial.job.text or TEXT, length=len(trial.tokens.ids))
-    tokenizer = compare_tokenizers(trial.folder, source, text)
+    try:
+        tokenizer = compare_tokenizers(trial.folder, source, text)
+    except ManifestError as error:
+        return replace(found, wrong={**found.wrong, "tokenizer.json": str(error)})
     if tokenizer is None or not tokenizer.differ:
         return found
     words = (

@@ -8,6 +8,7 @@ from mistral_trt.devices import Device
 from mistral_trt.errors import ValidationError
 from mistral_trt.manifest import Manifest, manifest_sha256, read_manifest
 from mistral_trt.runtime import device
+from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Subject:
 def open_subject(folder: Path, onnx: Path | None) -> Subject:
     """Read what is to be validated.  onnx: the ONNX folder that an engine was built from.
 
-    Raises ValidationError if the two do not belong together, ManifestError for altered files.
+    Raises ValidationError if the two do not belong together, ManifestError for altered files,
+    EngineMismatchError for an engine whose GPU or TensorRT is not this machine's.
     """
     manifest = read_manifest(folder)
     if manifest.stage == "onnx":
@@ -73,4 +75,8 @@ def open_subject(folder: Path, onnx: Path | None) -> Subject:
             f"{folder} was not built from {onnx}: its manifest names {made_from[:12]}…, this one is "
             f"{found[:12]}…; pass the ONNX folder it was built from as --onnx, or build it again"
         )
-    return Subject(onnx, source, Engine(folder, manifest, device.local_device()))
+    check_engine_folder(folder, manifest)
+    found_device = device.local_device()
+    if found_device is not None:
+        check_machine(folder, manifest, lambda: found_device)
+    return Subject(onnx, source, Engine(folder, manifest, found_device))

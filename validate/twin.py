@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import GraphError, ValidationError
 from mistral_trt.manifest import GRAPH_NAME
 from mistral_trt.validate.linked_weights import mapped
 
@@ -25,18 +25,41 @@ NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 def float32_twin(model_path: Path, contract: GraphContract) -> Iterator[tuple[Path, GraphContract]]:
     """Yield the twin's model file and its contract; the folder is gone afterwards.
 
-    Raises ValidationError if the disk is full or a bfloat16 type is left over.
+    Raises ValidationError if the disk is full, GraphError for a graph that cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="mistral-trt-twin-") as folder:
         path = Path(folder) / GRAPH_NAME
+        widened = widen(load_model(model_path))
         try:
-            ir.save(widen(ir.load(model_path)), path, external_data=f"{GRAPH_NAME}.data")
+            ir.save(widened, path, external_data=f"{GRAPH_NAME}.data")
         except OSError as error:
             raise ValidationError(
                 f"the float32 twin of this bf16 artifact cannot be written to {folder}: "
                 f"{error.strerror or error}; set TMPDIR to a disk with room for twice the weights"
             ) from error
         yield path, replace(contract, precision="fp32")
+
+
+def load_model(path: Path) -> ir.Model:
+    """A graph, its weights left in their files. Raises GraphError for one that cannot be read whole."""
+    try:
+        model = ir.load(path)
+    except Exception as error:  # of protobuf, onnx and onnx_ir, each its own
+        raise GraphError(f"{path} cannot be read as ONNX ({error}); export the checkpoint again") from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            _require_stored(tensor)
+    return model
+
+
+def _require_stored(tensor: ir.ExternalTensor) -> None:
+    path, end = Path(tensor.path), (tensor.offset or 0) + tensor.nbytes
+    found = path.stat().st_size if path.is_file() else 0
+    if found < end:
+        raise GraphError(
+            f"{tensor.name}: expected {end} bytes in {path}, found {found}; export the checkpoint again"
+        )
 
 
 def widen(model: ir.Model) -> ir.Model:

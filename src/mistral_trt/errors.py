@@ -10,6 +10,7 @@ MistralTrtError
 ├── GpuError               a GPU that is unknown or cannot be targeted from here
 ├── BuildError             TensorRT refused, or built something that must not be used
 ├── EngineMismatchError    an artifact that does not fit this machine or this backend
+│   └── GraphError             a graph that ONNX Runtime cannot load, or that does not keep its contract
 ├── GenerationError        a request that cannot be served as asked
 │   ├── NonFiniteLogitsError   a step produced NaN or infinity; the request is ended
 │   ├── QueueFullError         more requests wait for a row than the engine's queue holds
@@ -65,6 +66,10 @@ class BuildError(MistralTrtError):
 
 
 class EngineMismatchError(MistralTrtError):
+    pass
+
+
+class GraphError(EngineMismatchError):
     pass
 
 

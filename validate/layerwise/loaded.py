@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import GraphError
 from mistral_trt.validate.layerwise.segments import Segment
 from mistral_trt.validate.layerwise.steps import Array
 
@@ -21,7 +21,7 @@ class LoadedSegment:
     """One session.  threads: of ONNX Runtime, None for its own choice.
 
     Weights that are quantized are dequantized once, as the runtime does with `exact=True`: what is computed
-    is what the graph says. Raises ValidationError if ONNX Runtime cannot load the graph.
+    is what the graph says. Raises GraphError if ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, segment: Segment, folder: Path, *, threads: int | None) -> None:
@@ -40,7 +40,7 @@ class LoadedSegment:
         try:
             self._session: Any = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each status
-            raise ValidationError(
+            raise GraphError(
                 f"ONNX Runtime {ort.__version__} cannot load a part of {folder}: {error}; "
                 "export the checkpoint again"
             ) from error

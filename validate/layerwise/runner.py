@@ -47,7 +47,7 @@ class SegmentedArtifact:
 
     threads: of ONNX Runtime, None for its own choice.  Where a `ranges` is given, every activation is added
     to it. Hidden states are float32, unrounded where ONNX Runtime would hand them on so (see segments).
-    Raises ValidationError if the graph cannot be cut or loaded.
+    Raises GraphError if the graph cannot be read, cut or loaded.
     """
 
     def __init__(self, folder: Path, contract: GraphContract, *, threads: int | None = None) -> None:

@@ -21,9 +21,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import GraphError
 from mistral_trt.manifest import GRAPH_NAME
-from mistral_trt.validate.twin import widen
+from mistral_trt.validate.twin import load_model, widen
 
 _NORM = "RMSNormalization"
 _FINAL_NORM = f"model.norm/{_NORM}"
@@ -64,8 +64,9 @@ def read_graph(folder: Path, contract: GraphContract) -> ir.Model:
     """The graph of an ONNX folder, its weights left in their files.
 
     bfloat16, which ONNX Runtime cannot compute on a CPU, is widened to float32, each weight when it is read.
+    Raises GraphError for a file that is no ONNX model.
     """
-    model = ir.load(folder / GRAPH_NAME)
+    model = load_model(folder / GRAPH_NAME)
     return widen(model) if contract.precision == "bf16" else model
 
 
@@ -200,8 +201,8 @@ def _node(model: ir.Model, name: str) -> ir.Node:
     raise _unlike(f"it has no node {name}")
 
 
-def _unlike(found: str) -> ValidationError:
-    return ValidationError(
+def _unlike(found: str) -> GraphError:
+    return GraphError(
         f"the graph cannot be cut into its layers: {found}; export the checkpoint again with this version"
     )
 

@@ -4,7 +4,6 @@ The codes come from the checkpoint's weights, the scales from the artifact; roun
 So a layer that was altered computes what the artifact was meant to compute, without its graph and its codes.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from mistral_trt.contract import GraphContract
 from mistral_trt.errors import require
 from mistral_trt.export.quantization.scheme import KINDS, quiet_modelopt
 from mistral_trt.manifest import read_manifest
+from mistral_trt.validate.reference.own_precision import Alter, AlterHead
 from mistral_trt.validate.weights.graph import CODES, WeightGraph
 from mistral_trt.validate.weights.linear import FINAL_NORM, HEAD, UP, Factor, Folds, StoredLinear, read_linear
-
-AlterLayer = Callable[[nn.Module, int], nn.Module]
-AlterHead = Callable[[nn.Linear, nn.Module], nn.Module]
 
 _BITS = {127.0: 8, 7.0: 4}
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -46,15 +43,15 @@ class FakeQuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in], float16 or float32."""
-        if self.input_amax is None:
-            scaled = x if self.reads is None else (x.float() * self.reads).to(x.dtype)
-            return nn.functional.linear(scaled, self.weight)
+        return nn.functional.linear(self.entering(x), self.weight).to(x.dtype)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with: the same, scaled and rounded; float32 where it has codes."""
         scaled = x.float() if self.reads is None else x.float() * self.reads
-        rounded = _round(scaled, self.input_amax, self.bound)
-        return nn.functional.linear(rounded, self.weight).to(x.dtype)
+        return scaled.to(x.dtype) if self.input_amax is None else _round(scaled, self.input_amax, self.bound)
 
 
-def fake_quantized(folder: Path, contract: GraphContract) -> AlterLayer:
+def fake_quantized(folder: Path, contract: GraphContract) -> Alter:
     """A function that replaces, in a MistralDecoderLayer, each linear that the artifact has quantized.
 
     It takes the layer, with the checkpoint's weights as floats, and its index, and gives the same layer back.

@@ -10,6 +10,7 @@ Not every runtime rounds every activation, hence `Rounding`.
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +24,10 @@ from mistral_trt.validate.reference.decoder import SCORE_BYTES, HuggingFaceLayer
 
 Alter = Callable[[nn.Module, int], nn.Module]
 """A decoder layer and its index → the layer with its linears replaced (fake quantization)."""
+
+AlterHead = Callable[[nn.Linear, nn.Module], nn.Module]
+"""The lm_head and the norm before it → the same lm_head, or what rounds as the artifact's does: it has
+`entering`, what its `weight` is multiplied with, of what the norm gives."""
 
 Rounding = Literal["all", "attention", "parameters"]
 """Which numbers are rounded, parameters always.
@@ -50,17 +55,19 @@ def own_precision_layers(
     precision: str,
     rounding: Rounding,
     alter: Alter | None = None,
+    alter_head: AlterHead | None = None,
     score_bytes: int = SCORE_BYTES,
 ) -> HuggingFaceLayers:
     """The layers of a float32 source in the precision of an artifact.
 
     alter: what the precision does to the linears beyond the dtype. It is given a copy of the layer in float32
-    and may alter it; what it puts in is not cast, and gives back its input's dtype.
+    and may alter it; what it puts in is not cast, and gives back its input's dtype.  alter_head: the same for
+    the lm_head.
     Raises ValueError for fp32, whose own precision is the reference itself.
     """
     if precision == "fp32":
         raise ValueError("expected a precision below fp32: the own precision of fp32 is the reference itself")
-    rounded = _Rounded(source, getattr(torch, CACHE_DTYPES[precision]), rounding=rounding, alter=alter)
+    rounded = _Rounded(source, getattr(torch, CACHE_DTYPES[precision]), rounding, alter, alter_head)
     quantized = f", linears quantized as {precision} has them" if alter else ""
     words = "Hugging Face's decoder layers: " + _WORDS[rounding].format(dtype=CACHE_DTYPES[precision])
     return HuggingFaceLayers(
@@ -72,7 +79,12 @@ class _Rounded:
     """A source of layers whose parameters are rounded to `base`."""
 
     def __init__(
-        self, source: LayerSource, base: torch.dtype, *, rounding: Rounding, alter: Alter | None
+        self,
+        source: LayerSource,
+        base: torch.dtype,
+        rounding: Rounding,
+        alter: Alter | None,
+        alter_head: AlterHead | None,
     ) -> None:
         self.activations = base if rounding == "all" else torch.float32
         self.rotary = source.rotary
@@ -80,6 +92,7 @@ class _Rounded:
         if rounding == "attention":
             self.config._attn_implementation = "sdpa"  # one product, whose scores are not rounded
         self._source, self._base, self._rounding, self._alter = source, base, rounding, alter
+        self._alter_head = alter_head
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._source.embed(ids).to(self._base).to(self.activations)
@@ -103,10 +116,21 @@ class _Rounded:
         return self._base if self._rounding == "attention" and name in narrow else self.activations
 
     def norm(self) -> nn.Module:
-        return self._cast(self._source.norm())
+        """What it gives is multiplied with the weight of `lm_head`."""
+        norm = self._cast(self._source.norm())
+        return norm if self._altered_head is None else nn.Sequential(norm, _Entering(self._altered_head))
 
-    def lm_head(self) -> nn.Linear:
-        return self._cast(self._source.lm_head())
+    def lm_head(self) -> Any:
+        return self._cast(self._source.lm_head()) if self._altered_head is None else self._altered_head
+
+    @cached_property
+    def _altered_head(self) -> nn.Module | None:
+        """None where the artifact's is not quantized."""
+        if self._alter_head is None:
+            return None
+        head = self._source.lm_head()
+        altered = self._alter_head(head, self._source.norm())
+        return None if altered is head else altered
 
     def _cast(self, module: Module) -> Module:
         """A copy: the source's own module is the float32 reference's too."""
@@ -119,6 +143,17 @@ class _Rounded:
         hidden = options["hidden_states"].to(self._base)
         rotary = tuple(angles.to(self._base) for angles in options["position_embeddings"])
         return args, {**options, "hidden_states": hidden, "position_embeddings": rotary}
+
+
+class _Entering(nn.Module):
+    """What a head is given, as its weight is multiplied with it."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self._enter = head.entering
+
+    def forward(self, x: Tensor) -> Any:
+        return self._enter(x)
 
 
 class _Widened(nn.Module):

@@ -43,7 +43,7 @@ def render_html(report: Report) -> str:
 
 def sensitivity(report: Report) -> list[Mapping[str, Any]]:
     """Name, error and whether it was kept of each linear that was calibrated, worst first."""
-    found = [] if report.quantization is None else report.quantization["sensitivity"]
+    found = [] if report.quantization is None else report.quantization.get("sensitivity", [])
     return sorted(found, key=lambda entry: -entry["error"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -60,13 +60,13 @@ def read_beginning(path: Path, *, length: int) -> str:
 def text_tokens(tokenizer: Tokenizer, path: Path, *, length: int, vocab_size: int) -> Tokens:
     """The first `length` tokens of a text, repeated from its start where it is shorter.
 
-    Raises ValidationError for a file that is not text or a tokenizer that is not this model's.
+    Raises ValidationError for a file that is not text, ManifestError for another model's tokenizer.
     """
     ids = tokenizer.encode(read_beginning(path, length=length))
     if not ids:
         raise ValidationError(f"the artifact's tokenizer gives no token for {path}; try --random-tokens")
     if max(ids) >= vocab_size:
-        raise ValidationError(
+        raise ManifestError(
             f"the artifact's tokenizer gives token {max(ids)}, but its model knows {vocab_size} tokens only: "
             "it is another model's"
         )

@@ -3,12 +3,14 @@
 A call that raises ends what it belongs to and is a finding of its own, except for want of memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from mistral_trt.errors import GraphError, MistralTrtError
 from mistral_trt.progress import track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.validate.findings import ScenarioResult
@@ -21,6 +23,7 @@ from mistral_trt.validate.trial.greedy import continue_greedily, split
 from mistral_trt.validate.trial.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256
+_Result = TypeVar("_Result")
 
 
 def run_greedy(cache: RollingCache, tokens: Tokens) -> tuple[list[int], str | None]:
@@ -128,6 +131,21 @@ def until_failure() -> Iterator[Failure]:
         raise
     except Exception as error:  # each backend raises classes of its own
         failure.why = in_words(error)
+
+
+def attempt(work: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+    """What some work over parts of the artifact's graph gives, or why the graph failed in it.
+
+    Errors of ours that do not blame the graph are raised.
+    """
+    try:
+        return work(), None
+    except GraphError as error:
+        return None, in_words(error)
+    except (MemoryError, MistralTrtError):
+        raise
+    except Exception as error:  # ONNX Runtime raises a class of its own for each status
+        return None, in_words(error)
 
 
 def in_words(error: Exception) -> str:

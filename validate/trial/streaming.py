@@ -5,54 +5,90 @@ known beforehand is left out: a greedy continuation, whose every token needs all
 to one layer at its full width, between the artifact's embedding and head.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
 from mistral_trt.progress import note, track
 from mistral_trt.runtime.cache import RollingCache
 from mistral_trt.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from mistral_trt.validate.findings import Findings
+from mistral_trt.validate.findings import Findings, LayerFindings, OwnPrecision, ScenarioResult
 from mistral_trt.validate.layerwise.follow import Followed, follow
 from mistral_trt.validate.layerwise.layer_slice import layer_slice
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record, replay
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.layerwise.steps import Recording
+from mistral_trt.validate.metrics import concatenate
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, eager_stream, streamed_layers
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.scenario import READING
-from mistral_trt.validate.trial.artifact_run import Played, compare_played, run_pokes
-from mistral_trt.validate.trial.three_way import References, in_own_precision, reference_of, third_leg
+from mistral_trt.validate.trial.artifact_run import Played, attempt, compare_played, run_pokes
+from mistral_trt.validate.trial.three_way import (
+    References,
+    own_precision_notes,
+    reference_of,
+    third_leg,
+    try_own_precision,
+)
 from mistral_trt.validate.trial.trial import Trial
 from mistral_trt.validate.trial.worst_cases import worst_cases
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """What layers and scenarios gave.  notes: what could not be compared."""
+
+    layers: LayerFindings | None
+    own_precision: OwnPrecision | None
+    played: Mapping[str, Played]
+    notes: tuple[str, ...] = ()
+
+
 def compare_streaming(trial: Trial) -> Findings:
     """Layers with all scenarios, the reference's precision, logits, and the poke probe of one layer."""
+    found, broken = attempt(partial(run_layers, trial))
+    if found is None:
+        unplayed = {
+            plan.name: Played((ScenarioResult(plan, concatenate([]), broken),), ()) for plan in trial.plans
+        }
+        found = Streamed(None, None, unplayed)
+    index = trial.contract.config.num_hidden_layers // 2
+    poked, unasked = attempt(partial(poke_layer, trial, index))
+    pokes, failure = poked or ([], unasked)
+    failures = {"layers": broken, "poke": failure}
+    return Findings(
+        scenarios=tuple(played.results[0] for played in found.played.values()),
+        greedy=None,
+        pokes=tuple(pokes),
+        layers=found.layers,
+        own_precision=found.own_precision,
+        worst_cases=worst_cases(
+            {name: played.worst for name, played in found.played.items()},
+            tokens=trial.tokens,
+            tokenizer=trial.tokenizer,
+        ),
+        failures={place: why for place, why in failures.items() if why is not None},
+        notes=(
+            *found.notes,
+            "Both sides ran one layer at a time over mapped weights; nothing was generated greedily.",
+            f"The poke probe was put to layer {index} alone, at full width, between embedding and head.",
+        ),
+    )
+
+
+def run_layers(trial: Trial) -> Streamed:
+    """Every layer of both sides, of the artifact's for every scenario."""
     tokens, window = trial.tokens, trial.sliding_window
     recordings = {plan.name: record(trial.contract, plan, tokens=tokens.ids) for plan in trial.plans}
     layers = streamed_layers(trial.source, sliding_window=window)
     with SegmentedArtifact(trial.folder, trial.contract, threads=trial.job.threads) as artifact:
         followed = follow_all(trial, artifact, layers, recordings)
-        own = None
-        if trial.compares_own_precision:
-            own = in_own_precision(trial, eager_stream(trial.source, sliding_window=window))
+        own = try_own_precision(trial, partial(eager_stream, trial.source, sliding_window=window))
         references = References(reference_of(layers, followed.reference), own)
         played = play_again(trial, artifact, recordings, followed, references)
-    index = trial.contract.config.num_hidden_layers // 2
-    pokes, failure = poke_layer(trial, index)
-    return Findings(
-        scenarios=tuple(found.results[0] for found in played.values()),
-        greedy=None,
-        pokes=tuple(pokes),
-        layers=followed.findings,
-        own_precision=third_leg(references, played, tokens=tokens),
-        worst_cases=worst_cases(
-            {name: found.worst for name, found in played.items()}, tokens=tokens, tokenizer=trial.tokenizer
-        ),
-        failures={} if failure is None else {"poke": failure},
-        notes=(
-            "Both sides ran one layer at a time over mapped weights; nothing was generated greedily.",
-            f"The poke probe was put to layer {index} alone, at full width, between embedding and head.",
-        ),
-    )
+    notes = own_precision_notes(references)
+    return Streamed(followed.findings, third_leg(references, played, tokens=tokens), played, notes)
 
 
 def follow_all(

@@ -3,19 +3,20 @@
 So that rounding, which the second shows as well, is not blamed on the graph.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mistral_trt.contract import QUANTIZED
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.progress import track
 from mistral_trt.validate.findings import OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, LayerSource
-from mistral_trt.validate.reference.fake_quantization import fake_quantized
+from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
-from mistral_trt.validate.reference.own_precision import Alter, Rounding, own_precision_layers
+from mistral_trt.validate.reference.own_precision import Alter, AlterHead, Rounding, own_precision_layers
 from mistral_trt.validate.scenarios.scenario import READING, Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.trial.artifact_run import Played
@@ -26,9 +27,12 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Own:
-    """The reference in the artifact's own precision.  words: how it computes."""
+    """The reference in the artifact's own precision.
 
-    reference: Reference
+    reference: None where the artifact's scales let none be computed.  words: how it computes, or why not.
+    """
+
+    reference: Reference | None
     words: str
 
 
@@ -41,7 +45,7 @@ class References:
 
     def of(self, plan: Scenario) -> list[Reference]:
         """The reference; for the scenario that is read, the one in its own precision too."""
-        if self.own is None or plan.name != READING:
+        if self.own is None or self.own.reference is None or plan.name != READING:
             return [self.reference]
         return [self.reference, self.own.reference]
 
@@ -51,6 +55,24 @@ def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
     return Reference(layers.norm(hidden), layers.head())
 
 
+def try_own_precision(trial: Trial, source: Callable[[], LayerSource]) -> Own | None:
+    """`in_own_precision` where there is a third leg. Scales that it cannot use are a finding, not the end."""
+    if not trial.compares_own_precision:
+        return None
+    try:
+        return in_own_precision(trial, source())
+    except (ManifestError, ValidationError) as error:  # of the artifact: the float32 reference has been run
+        return Own(None, f"not computed: {error}")
+
+
+def own_precision_notes(references: References) -> tuple[str, ...]:
+    """What has to be said of a third leg that is missing."""
+    own = references.own
+    if own is None or own.reference is not None:
+        return ()
+    return (f"The reference in the artifact's own precision was {own.words}.",)
+
+
 def in_own_precision(trial: Trial, source: LayerSource) -> Own:
     """Run the reference's layers with the artifact's rounding.  source: of the float32 layers."""
     layers = own_precision_layers(
@@ -58,6 +80,7 @@ def in_own_precision(trial: Trial, source: LayerSource) -> Own:
         precision=trial.contract.precision,
         rounding=rounding_of(trial),
         alter=alteration_of(trial),
+        alter_head=alteration_of_head(trial),
     )
     with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
         return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)
@@ -77,10 +100,19 @@ def alteration_of(trial: Trial) -> Alter | None:
     return fake_quantized(trial.folder, trial.contract)
 
 
+def alteration_of_head(trial: Trial) -> AlterHead | None:
+    """The same of its lm_head."""
+    if trial.contract.precision not in QUANTIZED:
+        return None
+    return fake_quantized_head(trial.folder, trial.contract)
+
+
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:
     """The artifact against the reference in its own precision, and that one against the reference."""
     if references.own is None:
         return None
+    if references.own.reference is None:  # no number is held against the gates, and so they fail
+        return OwnPrecision(references.own.words, concatenate([]), concatenate([]))
     artifact = played[READING].results[1].errors
     pairs = list(_compare(references.own.reference, references.reference, tokens))
     return OwnPrecision(references.own.words, artifact, concatenate(pairs))

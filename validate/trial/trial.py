@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_trt.contract import GraphContract
+from mistral_trt.errors import ManifestError
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.runtime.text.tokenizer import Tokenizer
 from mistral_trt.validate.job import Job
@@ -33,8 +34,13 @@ class Trial:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The artifact's, None where it has none."""
-        return Tokenizer.from_folder(self.folder) if "tokenizer.json" in self.subject.manifest.files else None
+        """The artifact's, None where it has none that can be read, which is a finding of the weights'."""
+        if "tokenizer.json" not in self.subject.manifest.files:
+            return None
+        try:
+            return Tokenizer.from_folder(self.folder)
+        except ManifestError:
+            return None
 
     @property
     def reading(self) -> Scenario:

@@ -5,22 +5,26 @@ two are never in memory together. One at a time, the artifact's layers are follo
 """
 
 from contextlib import closing
+from functools import partial
 
-import numpy as np
-
-from mistral_trt.errors import MistralTrtError
 from mistral_trt.progress import note, track
 from mistral_trt.validate.findings import Findings, GreedyAgreement, LayerFindings
-from mistral_trt.validate.layerwise.follow import follow
+from mistral_trt.validate.layerwise.follow import Followed, follow
 from mistral_trt.validate.layerwise.ranges import RangeLog
 from mistral_trt.validate.layerwise.replay import record
 from mistral_trt.validate.layerwise.runner import SegmentedArtifact
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, WholeModel, whole_layers
 from mistral_trt.validate.reference.hugging_face import load_model, run_reference
-from mistral_trt.validate.trial.artifact_run import in_words, run_greedy, run_pokes, run_scenario
+from mistral_trt.validate.trial.artifact_run import attempt, run_greedy, run_pokes, run_scenario
 from mistral_trt.validate.trial.greedy import greedy_agreement, split
-from mistral_trt.validate.trial.three_way import References, in_own_precision, reference_of, third_leg
+from mistral_trt.validate.trial.three_way import (
+    References,
+    own_precision_notes,
+    reference_of,
+    third_leg,
+    try_own_precision,
+)
 from mistral_trt.validate.trial.trial import Trial
 from mistral_trt.validate.trial.worst_cases import worst_cases
 
@@ -51,7 +55,7 @@ def compare_whole(trial: Trial) -> Findings:
             {name: found.worst for name, found in played.items()}, tokens=tokens, tokenizer=trial.tokenizer
         ),
         failures={place: why for place, why in failures.items() if why is not None},
-        notes=(),
+        notes=own_precision_notes(references),
     )
 
 
@@ -67,37 +71,26 @@ def run_references(
     continued = run_reference(model, [*tokens.ids[:prompt], *generated])
     greedy = greedy_agreement(continued, generated, prompt_tokens=prompt)
     layers = whole_layers(model)
-    found, failure = follow_layers(trial, layers)
-    reference = run_reference(model, tokens.ids) if found is None else reference_of(layers, found[1])
-    own = in_own_precision(trial, WholeModel(model)) if trial.compares_own_precision else None
-    return References(reference, own), greedy, None if found is None else found[0], failure
+    found, failure = attempt(partial(follow_layers, trial, layers))
+    reference = run_reference(model, tokens.ids) if found is None else reference_of(layers, found.reference)
+    own = try_own_precision(trial, partial(WholeModel, model))
+    return References(reference, own), greedy, None if found is None else found.findings, failure
 
 
-def follow_layers(
-    trial: Trial, layers: HuggingFaceLayers
-) -> tuple[tuple[LayerFindings, np.ndarray] | None, str | None]:
-    """The artifact's layers beside the reference's, and what left the reference's last one.
-
-    A layer that ONNX Runtime fails to run is a finding, not the end.
-    """
-    reading, tokens, ranges = trial.reading, trial.tokens, RangeLog()
+def follow_layers(trial: Trial, layers: HuggingFaceLayers) -> Followed:
+    """The artifact's layers beside the reference's."""
+    reading, tokens = trial.reading, trial.tokens
     recording = record(trial.contract, reading, tokens=tokens.ids)
     with (
         SegmentedArtifact(trial.folder, trial.contract, threads=trial.job.threads) as artifact,
         track("layers", artifact.num_hidden_layers, unit="layers") as advance,
     ):
-        try:
-            found = follow(
-                artifact,
-                layers,
-                tokens=tokens.ids,
-                recordings={reading.name: recording},
-                reading=reading.name,
-                ranges=ranges,
-                progress=advance,
-            )
-        except (MemoryError, MistralTrtError):
-            raise
-        except Exception as error:  # ONNX Runtime raises a class of its own for each status
-            return None, in_words(error)
-    return (found.findings, found.reference), None
+        return follow(
+            artifact,
+            layers,
+            tokens=tokens.ids,
+            recordings={reading.name: recording},
+            reading=reading.name,
+            ranges=RangeLog(),
+            progress=advance,
+        )

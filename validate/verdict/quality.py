@@ -77,7 +77,7 @@ def calibration_remark(quantization: Mapping[str, Any] | None, tokens: Tokens) -
     """Whether the scales were calibrated on this text, as far as names tell; None without scales or text."""
     if quantization is None or not tokens.is_text:
         return None
-    found = quantization["calibration"]
+    found = quantization.get("calibration")
     if found is None:
         return "The checkpoint was quantized elsewhere: what it was calibrated on is not recorded."
     same = tokens.source == found["source"] or tokens.source.startswith(f"{found['source']}, ")

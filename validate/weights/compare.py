@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from mistral_trt.contract import QUANTIZED, GraphContract
-from mistral_trt.errors import ValidationError
+from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.export.checkpoint import EMBEDDING, Checkpoint
 from mistral_trt.export.conversion import Weight, read_float32
 from mistral_trt.export.quantization.scheme import Scheme, scheme_for
-from mistral_trt.manifest import read_manifest
+from mistral_trt.manifest import GRAPH_NAME, read_manifest
 from mistral_trt.progress import Advance
 from mistral_trt.validate.findings import WeightFindings
 from mistral_trt.validate.weights.distance import CodeDistance, cast_error, code_distance
@@ -45,7 +45,10 @@ def compare_weights(
     artifact, CheckpointError for a checkpoint that became shorter.
     """
     manifest = read_manifest(folder, "onnx", check_files=None)
-    graph, layers = WeightGraph(folder), contract.config.num_hidden_layers
+    try:
+        graph, layers = WeightGraph(folder), contract.config.num_hidden_layers
+    except ManifestError as error:
+        return WeightFindings(len(source.weights), {GRAPH_NAME: str(error)}, None)
     quantized = quantized_names(manifest.details.get("quantization"))
     wrong = wrong_wiring(graph, contract, _scheme(contract, source), quantized)
     wrong |= wrong_constants(graph, contract)

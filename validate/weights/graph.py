@@ -93,6 +93,12 @@ class WeightGraph:
         kind = int(self.tensor(name).data_type)
         return DTYPES[kind] if kind in DTYPES else str(TensorProto.DataType.Name(kind)).lower()
 
+    def reads(self, node: NodeProto, place: int) -> str:
+        """The value that a node has as an input. Raises ValidationError if it has none there."""
+        if place >= len(node.input) or not node.input[place]:
+            raise ValidationError(f"{node.name} has no input {place}")
+        return str(node.input[place])
+
     def external(self, name: str) -> bool:
         return bool(self.tensor(name).data_location == TensorProto.EXTERNAL)
 
@@ -102,12 +108,13 @@ class WeightGraph:
         if not self.external(name):
             return np.frombuffer(numpy_helper.to_array(tensor).tobytes(), np.uint8)
         place = {entry.key: entry.value for entry in tensor.external_data}
-        path, offset, length = self.folder / place["location"], int(place["offset"]), int(place["length"])
         expected = -(-prod(tensor.dims) * _bits(self.dtype(name)) // 8)
-        if length != expected or path.stat().st_size < offset + length:
+        path, offset = self.folder / place.get("location", ""), int(place.get("offset", 0))
+        length, present = int(place.get("length", expected)), path.stat().st_size if path.is_file() else 0
+        if length != expected or present < offset + length:
             raise ValidationError(
                 f"{name}: expected {expected} bytes in {path.name}, found {length} from byte {offset} of "
-                f"{path.stat().st_size}; export the checkpoint again"
+                f"{present}; export the checkpoint again"
             )
         return np.memmap(path, np.uint8, "r", offset, (length,))
 
@@ -115,11 +122,14 @@ class WeightGraph:
         """A whole initializer in memory, in its own dtype and shape; INT4 as int8.
 
         Of constants inside the model file, what is neither float nor int64 comes as float32.
+        Raises ValidationError for a dtype that no weight has, and as `raw` does.
         """
         dtype, shape = self.dtype(name), self.shape(name)
         if not self.external(name) and dtype not in FLOATS:
             array = numpy_helper.to_array(self.tensor(name))
             return torch.from_numpy(array.astype(np.int64 if dtype == "int64" else np.float32))
+        if dtype not in (*FLOATS, *CODES, "int64"):
+            raise ValidationError(f"{name} is {dtype}, which no weight and no scale is")
         data = np.array(self.raw(name))
         if dtype == "int4":
             return torch.from_numpy(nibbles(data, prod(shape))).view(shape)
@@ -128,14 +138,16 @@ class WeightGraph:
     def linear(self, module: str) -> GraphLinear:
         """What the MatMul of a module computes with. Raises ValidationError for a form that is not known."""
         node = self.node(f"{module}/MatMul")
-        maker = self.makers.get(node.input[1])
-        input_scale, pre_quant_scale, reads = self._input(node.input[0])
+        maker = self.makers.get(self.reads(node, 1))
+        input_scale, pre_quant_scale, reads = self._input(self.reads(node, 0))
         if maker is not None and maker.op_type == "Transpose" and attribute(maker, "perm") == [1, 0]:
             return GraphLinear(maker.input[0], None, input_scale, pre_quant_scale, reads)
         if maker is not None and maker.op_type == "DequantizeLinear":
             self._require_zero_point(maker)
             self._require_axis(maker)
-            return GraphLinear(maker.input[0], maker.input[1], input_scale, pre_quant_scale, reads)
+            return GraphLinear(
+                self.reads(maker, 0), self.reads(maker, 1), input_scale, pre_quant_scale, reads
+            )
         found = "nothing" if maker is None else f"{maker.op_type} ({maker.name})"
         raise ValidationError(f"multiplies with {found}; expected a transposed or a dequantized weight")
 
@@ -145,14 +157,15 @@ class WeightGraph:
         while (maker := self.makers.get(value)) is not None:
             if maker.op_type in ("DequantizeLinear", "QuantizeLinear"):
                 self._require_zero_point(maker)
-                if input_scale not in (None, maker.input[1]):
-                    raise ValidationError(f"its input is quantized with {maker.input[1]}, then {input_scale}")
-                input_scale = maker.input[1]
-            elif maker.op_type == "Mul" and maker.input[1] in self.initializers:
+                scale = self.reads(maker, 1)
+                if input_scale not in (None, scale):
+                    raise ValidationError(f"its input is quantized with {scale}, then {input_scale}")
+                input_scale = scale
+            elif maker.op_type == "Mul" and self.reads(maker, 1) in self.initializers:
                 pre_quant_scale = maker.input[1]
             elif maker.op_type != "Cast":
                 break
-            value = maker.input[0]
+            value = self.reads(maker, 0)
         return input_scale, pre_quant_scale, "" if maker is None else maker.name
 
     def _require_zero_point(self, node: NodeProto) -> None:
@@ -162,10 +175,14 @@ class WeightGraph:
 
     def _require_axis(self, node: NodeProto) -> None:
         """Channels are the last axis of [in, out], blocks lie along the first."""
-        scale = self.shape(node.input[1])
-        expected = {0: None, 1: 1, 2: 0}[len(scale)] if len(scale) < 3 else None
+        codes, scale = self.shape(self.reads(node, 0)), self.shape(self.reads(node, 1))
+        if len(codes) != 2 or len(scale) > 2 or 0 in (*codes, *scale):
+            raise ValidationError(
+                f"{node.name} dequantizes {list(codes)} by {list(scale)}; expected a matrix"
+            )
+        expected = {0: None, 1: 1, 2: 0}[len(scale)]
         found, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-        blocks = self.shape(node.input[0])[0] // scale[0] if len(scale) == 2 else 0
+        blocks = codes[0] // scale[0] if len(scale) == 2 else 0
         if (expected is not None and found != expected) or block != blocks:
             raise ValidationError(
                 f"{node.name} dequantizes along axis {found} in blocks of {block}; a scale of {list(scale)} "

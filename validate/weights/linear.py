@@ -67,20 +67,37 @@ class StoredLinear:
 
 
 def read_linear(graph: WeightGraph, module: str) -> StoredLinear:
-    """A quantized linear in memory. Raises ValidationError for scales that are not positive and finite."""
+    """A quantized linear in memory.
+
+    Raises ValidationError for scales that are not positive and finite, or that no codes go with.
+    """
     found = graph.linear(module)
-    assert found.scale is not None
+    if found.scale is None or (dtype := graph.dtype(found.weight)) not in BOUNDS:
+        raise ValidationError(f"{found.weight} holds {graph.dtype(found.weight)}, which are no codes")
     codes = graph.numbers(found.weight).T.contiguous()
     scale = _positive(graph.numbers(found.scale).float(), found.scale)
-    step = found.input_scale and _positive(graph.numbers(found.input_scale).float(), found.input_scale)
+    outputs, inputs = codes.shape
+    if (scale.ndim and scale.shape[-1] != outputs) or (scale.ndim == 2 and inputs % len(scale)):
+        raise ValidationError(
+            f"{found.scale} has shape {list(scale.shape)}, which does not go with codes of "
+            f"[{inputs}, {outputs}]"
+        )
     return StoredLinear(
         codes,
-        BOUNDS[graph.dtype(found.weight)],
+        BOUNDS[dtype],
         (scale.T if scale.ndim == 2 else scale.reshape(-1, 1).expand(len(codes), 1)).contiguous(),
         _roundings(graph, found.scale),
         scale.ndim == 0,
-        None if not isinstance(step, Tensor) else float(step),
+        None if found.input_scale is None else input_step(graph, found.input_scale),
     )
+
+
+def input_step(graph: WeightGraph, name: str) -> float:
+    """The step in which an input is rounded. Raises ValidationError where it is none."""
+    scale = graph.numbers(name)
+    if scale.numel() != 1:
+        raise ValidationError(f"{name} has shape {list(scale.shape)}; expected one step for the whole input")
+    return float(_positive(scale.float(), name))
 
 
 def norm_of(module: str) -> str | None:
@@ -117,6 +134,10 @@ class Folds:
         Raises ValidationError where the artifact's is no positive multiple of it.
         """
         stored, weight = self._graph.numbers(f"{norm}.weight"), weight.float()
+        if stored.shape != weight.shape:
+            raise ValidationError(
+                f"{norm}.weight has shape {list(stored.shape)}; expected {list(weight.shape)}"
+            )
         silent = (weight == 0) & (stored == 0)
         ratio = torch.where(silent, 1.0, stored.float() / weight)
         _positive(ratio, f"{norm}.weight over the checkpoint's")
@@ -137,9 +158,13 @@ class Folds:
 
     def of_input(self, module: str) -> Factor | None:
         """What a linear's input is multiplied by, None for nothing."""
-        name = self._graph.linear(module).pre_quant_scale
+        linear = self._graph.linear(module)
+        name = linear.pre_quant_scale
         if name is not None:
-            return Factor(_positive(self._graph.numbers(name).float(), name), _roundings(self._graph, name))
+            values = _positive(self._graph.numbers(name).float(), name)
+            if values.shape != self._graph.shape(linear.weight)[:1]:
+                raise ValidationError(f"{name} has shape {list(values.shape)}; expected one number an input")
+            return Factor(values, _roundings(self._graph, name))
         return self.factors.get(norm_of(module) or module.replace(DOWN, UP))
 
     def of_output(self, module: str) -> Factor | None:

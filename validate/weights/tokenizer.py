@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from mistral_trt.export.checkpoint import Checkpoint
 from mistral_trt.export.tokenizer_files import TOKENIZER, read_text_files
+from mistral_trt.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,13 @@ class TokenizerFindings:
 
 
 def compare_tokenizers(folder: Path, source: Checkpoint, text: str) -> TokenizerFindings | None:
-    """Encode a text with both.  None where the artifact has no tokenizer."""
+    """Encode a text with both.  None where the artifact has no tokenizer.
+
+    Raises ManifestError for one that cannot be read, with all that belongs to it.
+    """
     if not (folder / TOKENIZER).is_file():
         return None
+    Tokenizer.from_folder(folder)
     ours = FastTokenizer.from_file(str(folder / TOKENIZER))
     folders = [source.folder, *(adapter.folder for adapter in source.adapters)]
     theirs = read_text_files(folders, vocab_size=source.config.vocab_size).files[TOKENIZER]

@@ -12,7 +12,7 @@ from mistral_trt.errors import ValidationError
 from mistral_trt.export.checkpoint import EMBEDDING, LM_HEAD
 from mistral_trt.export.quantization.scheme import KINDS, Scheme
 from mistral_trt.validate.weights.graph import GraphLinear, WeightGraph, attribute
-from mistral_trt.validate.weights.linear import FINAL_NORM, HEAD, norm_of, readers_of
+from mistral_trt.validate.weights.linear import FINAL_NORM, HEAD, input_step, norm_of, readers_of
 
 Wrong = dict[str, str]
 """Tensor → what is wrong with it, in a sentence."""
@@ -54,7 +54,7 @@ def wrong_wiring(
 
 def _require(graph: WeightGraph, node: str, place: int, name: str) -> NodeProto:
     found = graph.node(node)
-    if found.input[place] != name:
+    if graph.reads(found, place) != name:
         raise ValidationError(f"{node} computes with {found.input[place]}; expected {name}")
     return found
 
@@ -80,7 +80,8 @@ def _check_linear(
         )
     norm, reads = norm_of(module), found.reads
     if module == HEAD and reads in graph.nodes:  # past the choice of the tokens that get logits
-        reads = graph.makers[graph.node(reads).input[0]].name
+        gathered = graph.makers.get(graph.reads(graph.node(reads), 0))
+        reads = "" if gathered is None else gathered.name
     if norm is not None and reads != f"{norm}/RMSNormalization":
         raise ValidationError(f"{module}/MatMul reads what {reads or 'no node'} makes; expected {norm}")
     if scheme is not None and found.scale is not None:
@@ -121,11 +122,11 @@ def _check_shared(graph: WeightGraph, module: str, linear: GraphLinear) -> None:
             f"{first.pre_quant_scale}; expected one scale for one input"
         )
     if linear.input_scale and first.input_scale:
-        own, other = (graph.numbers(name) for name in (linear.input_scale, first.input_scale))
-        if not torch.equal(own, other):
+        own, other = (input_step(graph, name) for name in (linear.input_scale, first.input_scale))
+        if own != other:
             raise ValidationError(
-                f"rounds its input in steps of {float(own):.6g}, {readers_of(str(norm))[0]} in steps of "
-                f"{float(other):.6g}; expected one step for one input"
+                f"rounds its input in steps of {own:.6g}, {readers_of(str(norm))[0]} in steps of "
+                f"{other:.6g}; expected one step for one input"
             )
 
 
@@ -157,7 +158,7 @@ def _initializers(graph: WeightGraph, module: str) -> list[str]:
 def rotary_frequencies(graph: WeightGraph) -> str | None:
     """The initializer that positions are multiplied by before their cosine is taken."""
     for node in graph.graph.node:
-        if node.op_type == "Cos":
+        if node.op_type == "Cos" and node.input:
             maker = graph.makers.get(node.input[0])
             return next((name for name in maker.input if name in graph.initializers), None) if maker else None
     return None
@@ -165,13 +166,8 @@ def rotary_frequencies(graph: WeightGraph) -> str | None:
 
 def wrong_constants(graph: WeightGraph, contract: GraphContract) -> Wrong:
     """Constants of the graph that are not those of config.json and of the ring."""
-    config, ring, wrong = contract.config, contract.ring, {}
-    name = rotary_frequencies(graph)
-    powers = np.arange(0, config.head_dim, 2) / config.head_dim
-    expected = 1.0 / np.float64(config.rope_theta) ** powers
-    found = np.zeros(0) if name is None else graph.numbers(name).double().numpy()
-    if found.shape != expected.shape or (np.abs(found / expected - 1) > _POWER_ROUNDING).any():
-        wrong[name or "rotary frequencies"] = f"are not those of rope_theta {config.rope_theta:g}"
+    config, ring = contract.config, contract.ring
+    wrong = _wrong_frequencies(graph, contract)
     scalars = {
         "model/Mod": (1, ring.capacity, "R"),
         "model/Mod_1": (1, ring.capacity, "R"),
@@ -187,11 +183,24 @@ def wrong_constants(graph: WeightGraph, contract: GraphContract) -> Wrong:
     return wrong
 
 
+def _wrong_frequencies(graph: WeightGraph, contract: GraphContract) -> Wrong:
+    config, name = contract.config, rotary_frequencies(graph)
+    powers = np.arange(0, config.head_dim, 2) / config.head_dim
+    expected = 1.0 / np.float64(config.rope_theta) ** powers
+    try:
+        found = np.zeros(0) if name is None else graph.numbers(name).double().numpy()
+    except ValidationError as error:
+        return {name or "rotary frequencies": str(error)}
+    if found.shape == expected.shape and (np.abs(found / expected - 1) <= _POWER_ROUNDING).all():
+        return {}
+    return {name or "rotary frequencies": f"are not those of rope_theta {config.rope_theta:g}"}
+
+
 def _wrong_scalar(graph: WeightGraph, node: str, place: int, value: float, words: str) -> str | None:
-    constant = graph.node(node).input[place] if node in graph.nodes else None
-    if constant is None or constant not in graph.initializers:
+    try:
+        found = graph.numbers(graph.reads(graph.node(node), place))
+    except ValidationError:
         return f"is not there with a constant; expected {words} = {value:g}"
-    found = graph.numbers(constant)
     if found.numel() == 1 and torch.equal(found.reshape(()), torch.tensor(value, dtype=found.dtype)):
         return None
     return f"computes with {found.flatten().tolist()[:3]}; expected {words} = {value:g}"
