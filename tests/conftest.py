@@ -1,18 +1,23 @@
 """Fixtures for all tests: tiny seeded checkpoints and their ONNX folders, each made once a session.
 
-What the factories return is shared: a test that alters a folder copies it first (`shutil.copytree`).
+What the factories return is shared, by pytest-xdist's workers too: a test that alters a folder copies it
+first (`shutil.copytree`), and `store` looks whether all did.
 Torch and transformers are imported where they are needed, so that a test without them starts at once.
 """
 
 import gc
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from hypothesis import settings
+
+from tests.shared import Store
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -34,7 +39,16 @@ _EXPORT_DEFAULTS: dict[str, object] = {
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """What is made once a session, for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    store = Store((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store")
+    yield store
+    assert not store.altered(), "a test altered what others share: it should copy the folder first"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(store: Store) -> Folder:
     """tiny_checkpoint(tokenizer=False, seed=0, dtype="float32", **config) -> a checkpoint folder.
 
     config: any key of `config.json`, over the defaults of `tests.models.write_checkpoint` (2 layers, W = 8).
@@ -46,24 +60,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     from tests.models import write_checkpoint, write_tokenizer
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    made: dict[str, Path] = {}
 
     def checkpoint(*, tokenizer: bool = False, **overrides: object) -> Path:
-        key = json.dumps([tokenizer, overrides], sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-            made[key] = write_checkpoint(folder, **overrides)  # type: ignore[arg-type]
+        def make(folder: Path) -> None:
+            write_checkpoint(folder, **overrides)  # type: ignore[arg-type]
             if tokenizer:
                 write_tokenizer(folder)
-        return made[key]
+
+        return store.folder("checkpoints", json.dumps([tokenizer, overrides], sort_keys=True), make)
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Folder, built_graph: "BuiltGraph"
-) -> Folder:
+def onnx_folder(store: Store, tiny_checkpoint: Folder, built_graph: "BuiltGraph") -> Folder:
     """onnx_folder(precision="fp32", prefill_chunk=4, max_batch_size=4, max_context=None, **checkpoint)
 
     -> the ONNX folder of `tiny_checkpoint(**checkpoint)`, exported with the trace of `built_graph`.
@@ -72,38 +82,56 @@ def onnx_folder(
     """
     from mistral_trt.export import onnx_folder as stage
 
-    made: dict[str, Path] = {}
-
     def folder(**arguments: object) -> Path:
         options = {name: arguments.pop(name, default) for name, default in _EXPORT_DEFAULTS.items()}
-        key = json.dumps([options, arguments], sort_keys=True)
-        if key not in made:
-            out = tmp_path_factory.mktemp("onnx") / "tiny"
+        checkpoint = tiny_checkpoint(**arguments)
+
+        def make(out: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(stage, "build_graph", built_graph)
-                stage.export_checkpoint(tiny_checkpoint(**arguments), out, **options)  # type: ignore[arg-type]
-            made[key] = out
-        return made[key]
+                stage.export_checkpoint(checkpoint, out, **options)  # type: ignore[arg-type]
+
+        return store.folder("onnx", json.dumps([options, arguments], sort_keys=True), make)
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def built_graph() -> "BuiltGraph":
-    """built_graph(contract) -> a copy of `build_graph(contract)`, which takes seconds.
+def traces(store: Store, pytestconfig: pytest.Config) -> Store:
+    """Where `built_graph` keeps its graphs: in pytest's cache, from run to run.
 
-    Traced once a session for each config, ring and dtype of the rings: of the rest of a contract the graph
-    knows nothing (`tests/test_graph.py` holds it to that).
+    Under the hash of all that could alter them, so another source or another torch traces anew.
+    """
+    import mistral_trt
+    from mistral_trt import export
+    from mistral_trt.manifest import tool_versions
+    from tests import graphs
+
+    cache = getattr(pytestconfig, "cache", None)
+    if cache is None:  # `-p no:cacheprovider`
+        return store
+    packages = [Path(str(package.__file__)).parent for package in (mistral_trt, export)]
+    paths = [path for package in packages for path in sorted(package.glob("*.py"))]
+    sources = [path.read_text() for path in (*paths, Path(graphs.__file__))]
+    tools = tool_versions("torch", "onnx", "onnx-ir", "onnxscript")
+    digest = hashlib.sha256(json.dumps([sources, tools]).encode()).hexdigest()[:16]
+    return Store(cache.mkdir("traces") / digest)
+
+
+@pytest.fixture(scope="session")
+def built_graph(traces: Store) -> "BuiltGraph":
+    """built_graph(contract) -> what `build_graph(contract)` gives, which takes seconds.
+
+    Traced once for each config, ring and dtype of the rings: of the rest of a contract the graph knows
+    nothing (`tests/test_graph.py` holds it to that, and to the graph as it comes back from its file).
     """
     from mistral_trt.export.graph import build_graph
-
-    made: dict[str, ir.Model] = {}
+    from tests.graphs import read_graph, write_graph
 
     def graph(contract: "GraphContract") -> "ir.Model":
         key = repr((contract.config, contract.ring, contract.cache_dtype))
-        if key not in made:
-            made[key] = build_graph(contract)
-        return made[key].clone()
+        folder = traces.folder("graphs", key, lambda folder: write_graph(build_graph(contract), folder))
+        return read_graph(folder)
 
     return graph
 

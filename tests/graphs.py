@@ -28,6 +28,26 @@ def bare_graph(contract: GraphContract) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
+def write_graph(model: ir.Model, folder: Path) -> None:
+    """Write a graph whose weights have no values yet, for `read_graph`."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            assert value.dtype is not None and value.shape is not None
+            nowhere = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=name)
+            value.const_value = nowhere
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def read_graph(folder: Path) -> ir.Model:
+    """The graph that `write_graph` was given."""
+    model = ir.from_proto(onnx.load(folder / "model.onnx", load_external_data=False))
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an ONNX folder by the graph's own references, as raw 16- or 32-bit integers.
 

@@ -22,6 +22,8 @@ from mistral_trt.weight_index import EMBEDDED, EXTERNAL
 from tests.conftest import Folder
 from tests.models import TINY
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 BENCH = Path(__file__).parent.parent / "bench"
 RESULTS = BENCH / "results" / "build.json"
 NAMES = ("build", "build_fit", "build_models")

@@ -26,6 +26,8 @@ from tests.models import write_checkpoint
 from tests.simulated import tensorrt as doubles
 from tests.simulated.folder import Machine, machine, write_engine_folder
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Folder = Callable[..., Path]
 
 BENCH = Path(__file__).parent.parent / "bench"

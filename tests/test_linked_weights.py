@@ -167,7 +167,8 @@ def test_a_damaged_weight_is_found_though_nothing_is_converted(source: Path, tmp
 def test_a_validation_runs_over_shared_files(source: Path, tmp_path: Path) -> None:
     export_checkpoint(source, tmp_path / "onnx", precision="bf16", prefill_chunk=4)
     assert (tmp_path / "onnx" / SINGLE).samefile(source / SINGLE)
-    report = validate_artifact(Job(tmp_path / "onnx", reference=source, out=tmp_path / "report"))
+    job = Job(tmp_path / "onnx", reference=source, out=tmp_path / "report", length=100)
+    report = validate_artifact(job)
     assert report.passed, report.verdict
     hazards = report.artifact["hazards"]
     assert (hazards["dtype"], hazards["overflow"], hazards["non_finite"]) == ("bfloat16", 0, 0)

@@ -110,7 +110,7 @@ def test_both_forms_of_a_base_take_an_adapter_alike(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("form", ["huggingface", "mistral"])
+@pytest.mark.parametrize("form", ["huggingface", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_a_validation_merges_by_peft_and_passes(
     base: Path, adapters: tuple[Path, Path], tmp_path: Path, form: str
 ) -> None:
@@ -118,7 +118,8 @@ def test_a_validation_merges_by_peft_and_passes(
     loras = [(adapters[0], 1.0), (adapters[1], -0.5)]
     onnx = tmp_path / "onnx"
     export_checkpoint(source, onnx, precision="fp32", prefill_chunk=4, loras=loras)
-    report = validate_artifact(Job(onnx, reference=source, out=tmp_path / "report", loras=tuple(loras)))
+    job = Job(onnx, reference=source, out=tmp_path / "report", loras=tuple(loras), length=100)
+    report = validate_artifact(job)
     assert report.passed, report.verdict
     assert "adapters merged by peft" in report.reference["implementation"]
     assert f"--lora {adapters[1]}:-0.5" in report.run["command"]
@@ -152,7 +153,8 @@ def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoin
     manifest = export_checkpoint(base, onnx, precision="fp32", prefill_chunk=4, loras=loras)
     assert manifest.config.vocab_size == 262
     assert Engine.load(onnx).tokenizer.encode("a<|end|>", special_tokens=True)[-1] == 261
-    assert validate_artifact(Job(onnx, reference=base, out=tmp_path / "report", loras=tuple(loras))).passed
+    job = Job(onnx, reference=base, out=tmp_path / "report", loras=tuple(loras), length=100)
+    assert validate_artifact(job).passed
 
 
 def test_the_command_line_takes_adapters(

@@ -28,6 +28,8 @@ from tests.models import write_checkpoint
 
 trt = pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 INSIDE, OUT, BLOCK = 128, 96, 32
 WEIGHTS = {"int8": "int8", "int8-weight-only": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
 ACTIVATIONS = {"int8": "int8", "int8-weight-only": None, "int4": None, "fp8": "float8_e4m3fn"}

@@ -9,6 +9,7 @@ from mistral_trt.contract import GraphContract, plan_contract
 from mistral_trt.errors import ExportError
 from mistral_trt.export.graph import build_graph, sort_initializers, trace_layers
 from mistral_trt.export.unroll import unroll
+from tests.conftest import BuiltGraph
 from tests.models import TINY
 
 
@@ -22,13 +23,17 @@ def text(model: ir.Model) -> bytes:
     return data
 
 
-@pytest.fixture(scope="module")
-def traced() -> ir.Model:
+@pytest.fixture
+def traced(built_graph: BuiltGraph) -> ir.Model:
     """Two layers, not repeated yet."""
-    return trace_layers(contract(2))
+    return built_graph(contract(2))
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True, "head_dim": 32}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{}, pytest.param({"tie_word_embeddings": True, "head_dim": 32}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_it_is_the_graph_with_every_layer_traced(config: dict[str, object]) -> None:
     wanted = contract(4, **config)
     whole = trace_layers(wanted)

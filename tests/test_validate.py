@@ -36,6 +36,8 @@ from tests.conftest import Folder
 from tests.models import write_checkpoint, write_tokenizer
 from tests.planted_runtime import nan_at_50
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 LENGTH = 100
 
 

@@ -154,7 +154,9 @@ def test_two_openings_of_an_engine_are_never_in_memory_together(
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("window", "gate"), [(9, "hidden_slots_seen"), (7, "visible_slots_unseen")], ids=["wider", "narrower"]
+    ("window", "gate"),
+    [(9, "hidden_slots_seen"), pytest.param(7, "visible_slots_unseen", marks=pytest.mark.slow)],
+    ids=["wider", "narrower"],
 )
 def test_a_plan_of_another_window_is_caught(
     build: Build, monkeypatch: pytest.MonkeyPatch, precision: str, window: int, gate: str
