@@ -91,9 +91,7 @@ def fake_quantized(folder: Path, contract: GraphContract, inputs: InputLog | Non
     return alter
 
 
-def fake_quantized_head(
-    folder: Path, contract: GraphContract, inputs: InputLog | None = None
-) -> AlterHead:
+def fake_quantized_head(folder: Path, contract: GraphContract, inputs: InputLog | None = None) -> AlterHead:
     """The same for the lm_head and the norm before it; a head that is not quantized is given back as it is.
 
     Raises as `fake_quantized` does.

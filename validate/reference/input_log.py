@@ -35,5 +35,5 @@ def _range(module: str, used: Tensor) -> InputRange:
 
 def _in_words(module: str) -> str:
     """model.layers.3.mlp.down_proj -> layer 3 mlp.down_proj; lm_head -> lm_head"""
-    prefix = "model.layers."
-    return "layer " + module.removeprefix(prefix).replace(".", " ", 1) if module.startswith(prefix) else module
+    _, in_layer, rest = module.partition("model.layers.")
+    return "layer " + rest.replace(".", " ", 1) if in_layer else module
