@@ -60,6 +60,7 @@ LOGIT, TOP1, ACTIVATION = "logit_error_max", "top1_agreement", "activation_max"
 UPDATE, CACHE = "layer_update_error_max", "cache_error_max"
 MEANS = ("relative_error_mean", "kl_mean")
 FAR = ("kl_max", "cosine_distance_max")
+USED_MOST, USED_LEAST = "input_range_used_max", "input_range_used_min"
 OWN = ("own_relative_error_mean", "own_kl_mean", "own_top1_agreement")
 
 MUTATIONS = (
@@ -266,10 +267,33 @@ MUTATIONS = (
         "input clipped by a step 8 times too small",
         "int8",
         UPDATE,
-        files.input_clipped,
+        files.input_step_times(1 / 8),
         "kl_mean",
         TOP1,
         CACHE,
+    ),
+    in_codes(
+        "input clipped by a step 8 times too small",
+        "fp8",
+        USED_MOST,
+        files.input_step_times(1 / 8),
+        "kl_mean",
+        TOP1,
+        UPDATE,
+    ),
+    in_codes("an input's step 8 times too large", "int8", USED_LEAST, files.input_step_times(8)),
+    in_codes("an input's step 8 times too large", "fp8", USED_LEAST, files.input_step_times(8)),
+    in_codes(
+        "an input's step of 1e-38", "int8", USED_MOST, files.scale_of(files.DOWN_STEP, 1e-38), "kl_mean", TOP1
+    ),
+    in_codes(
+        "an input's step of 1e-38",
+        "fp8",
+        USED_MOST,
+        files.scale_of(files.DOWN_STEP, 1e-38),
+        "kl_mean",
+        TOP1,
+        *OWN,
     ),
 )
 

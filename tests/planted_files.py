@@ -20,6 +20,7 @@ Alteration = Callable[[Path], None]
 LAYER = "model.layers.0."
 Q, K, V = (f"{LAYER}self_attn.{kind}_proj.weight" for kind in "qkv")
 GATE, UP = (f"{LAYER}mlp.{kind}_proj.weight" for kind in ("gate", "up"))
+DOWN_STEP = f"{LAYER}mlp.down_proj.input_scale"
 OTHER_GATE = "model.layers.1.mlp.gate_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -98,9 +99,9 @@ def scales_shifted(folder: Path) -> None:
     scale[:] = np.roll(scale, -1)
 
 
-def input_clipped(folder: Path) -> None:
-    """The step in which q, k and v_proj round their input is an eighth, so its largest numbers are cut."""
-    scale_times(1 / 8, *(f"{LAYER}self_attn.{kind}_proj.input_scale" for kind in "qkv"))(folder)
+def input_step_times(factor: float) -> Alteration:
+    """The step in which q, k and v_proj round their input; of an eighth its largest numbers are cut."""
+    return scale_times(factor, *(f"{LAYER}self_attn.{kind}_proj.input_scale" for kind in "qkv"))
 
 
 def zero_points_of_one(folder: Path) -> None:

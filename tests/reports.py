@@ -10,6 +10,7 @@ from mistral_trt.validate.findings import (
     Choice,
     Divergence,
     GreedyAgreement,
+    InputRange,
     LayerErrors,
     LayerFindings,
     OwnPrecision,
@@ -151,7 +152,12 @@ def layer_findings(count: int = 12, *, offset: float = 1.0, wrong: int | None = 
 def own_precision(read: LogitErrors, scale: float = 0.5) -> OwnPrecision:
     """The reference in float16, half as far from both as the artifact is from float32."""
     closer = replace(read, **{name: scale * getattr(read, name) for name in ("relative", "kl")})
-    return OwnPrecision("The reference ran in float16 on the CPU.", artifact=closer, reference=closer)
+    return OwnPrecision(
+        "The reference ran in float16 on the CPU.",
+        artifact=closer,
+        reference=closer,
+        inputs=(InputRange("layer 0 mlp.down_proj", 1.2, 0.8),),
+    )
 
 
 ENGINE: dict[str, object] = {

@@ -115,8 +115,10 @@ def test_no_healthy_artifact_failed_and_the_results_are_of_these_limits() -> Non
 
 
 def test_every_limit_leaves_healthy_artifacts_a_margin() -> None:
-    """Twice the worst, of a perplexity twice its distance from 1; shares have no such scale."""
+    """Twice the worst, of a perplexity twice its distance from 1; shares of positions have no such scale."""
     for gate, found in gates_with_results():
         best = 1.0 if gate.metric == "perplexity_ratio" else 0.0
         if gate.bound == "at_most" and gate.limit > 0:
             assert gate.limit - best >= 2 * (found["worst"] - best), (gate, found["worst"])
+        if gate.metric == "input_range_used_min":
+            assert 2 * gate.limit <= found["worst"], (gate, found["worst"])

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from mistral_trt.contract import Ring
-from mistral_trt.validate.findings import ActivationRange, LayerErrors, LayerFindings, WeightFindings
+from mistral_trt.validate.findings import (
+    ActivationRange,
+    InputRange,
+    LayerErrors,
+    LayerFindings,
+    WeightFindings,
+)
 from mistral_trt.validate.verdict.gates import Measured, judge, read_gates
 from mistral_trt.validate.verdict.parts import Offender, first_offender, measure_parts, place_of
 from tests.reports import errors, own_precision
@@ -113,11 +119,36 @@ def test_the_own_precision_is_measured_on_the_artifact() -> None:
     own = own_precision(read, 0.25)
     found = measure_parts(layers=None, own=replace(own, reference=errors(60, 9.0)), weights=None, ring=RING)
     expected = {"own_kl_mean": 0.25 * read.kl, "own_relative_error_mean": 0.25 * read.relative}
+    assert found["input_range_used_max"] == Measured(0.8, "layer 0 mlp.down_proj", 60)
     for name, values in (expected | {"own_top1_agreement": read.agree}).items():
         value = found[name]
         assert value is not None
         assert value.positions == 60
         assert value.value == pytest.approx(np.mean(values))
+
+
+def test_input_ranges_are_judged_by_a_typical_position_and_by_the_largest_number() -> None:
+    """Largest and typical number: a is huge at one token only, c far past what calibration saw at one."""
+    ranges = (InputRange("a", 1.0, 0.001), InputRange("b", 1.5, 0.9), InputRange("c", 1400.0, 6.0))
+    own = replace(own_precision(errors(600, 1e-3)), inputs=ranges)
+
+    def judged(*more: InputRange) -> dict[str, tuple[bool, str]]:
+        changed = replace(own, inputs=(*ranges, *more))
+        found = measure_parts(layers=None, own=changed, weights=None, ring=RING)
+        gates = [gate for gate in read_gates("int8") if gate.metric.startswith("input_range")]
+        return {result.name[-3:]: (result.passed, result.measured.where) for result in judge(gates, found)}
+
+    assert judged() == {"max": (True, "c"), "min": (True, "a")}
+    assert judged(InputRange("d", 1.0 / 8, 0.001 / 8)) == {"max": (True, "c"), "min": (False, "d")}
+    assert judged(InputRange("d", 1e38, 9e37)) == {"max": (False, "d"), "min": (True, "a")}
+
+
+def test_inputs_that_are_not_rounded_decide_nothing_and_such_as_were_not_computed_pass_nothing() -> None:
+    own = own_precision(errors(60, 1e-3))
+    for inputs, count in ((None, 0), ((), 1)):
+        found = measure_parts(layers=None, own=replace(own, inputs=inputs), weights=None, ring=RING)
+        gates = [gate for gate in read_gates("fp8") if gate.metric.startswith("input_range")]
+        assert [result.passed for result in judge(gates, found)] == [False] * count
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Faults are planted in copies of the files: each is one that export could make, o
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,15 +25,20 @@ from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.export.quantization.settings import QuantizationSettings
 from mistral_trt.manifest import read_manifest
 from mistral_trt.runtime.engine import open_cache
-from mistral_trt.validate.findings import WeightFindings
+from mistral_trt.validate.findings import InputRange, WeightFindings
 from mistral_trt.validate.reference.decoder import WholeModel
-from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
+from mistral_trt.validate.reference.fake_quantization import (
+    FakeQuantizedLinear,
+    fake_quantized,
+    fake_quantized_head,
+)
 from mistral_trt.validate.reference.hugging_face import load_model, run_layers
+from mistral_trt.validate.reference.input_log import InputLog, range_used
 from mistral_trt.validate.reference.own_precision import AlterHead, own_precision_layers
 from mistral_trt.validate.weights.compare import compare_weights
 from mistral_trt.validate.weights.distance import spacing
 from mistral_trt.validate.weights.graph import nibbles
-from mistral_trt.validate.weights.linear import norm_of, readers_of
+from mistral_trt.validate.weights.linear import Factor, StoredLinear, norm_of, readers_of
 from tests.alteration import edit_graph, exchange_linears, node, reorder_outputs, stored, write_codes
 from tests.checkpoints import SINGLE, altered, mistral_format
 from tests.conftest import Folder
@@ -569,6 +575,25 @@ def test_the_codes_come_from_the_checkpoint(copy: Made) -> None:
     stored(pair.folder, Q)[:] = 0
     assert distance(reference(pair, fake=True), healthy) < FAKE["int4"]
     assert distance(artifact(pair), healthy) > 5 * FAKE["int4"]
+
+
+def test_the_range_used_is_the_largest_number_of_a_position_over_what_the_step_holds() -> None:
+    x = torch.tensor([[[1.0, -6.35], [0.5, 0.0]], [[2.54, 1.0], [12.7, 0.0]]])
+    assert range_used(x, 127 * 0.05).tolist() == pytest.approx([1.0, 0.5 / 6.35, 0.4, 2.0])
+    assert range_used(x, 448 * 1e-38).isfinite().all(), "no step is too small"
+
+
+@pytest.mark.parametrize("bound", [127.0, 448.0])
+def test_what_is_logged_is_what_entered_the_rounding(bound: float) -> None:
+    """The input times its factors, over all calls: at most 1 where nothing is cut."""
+    codes, scale = torch.ones(3, 2, dtype=torch.int8), torch.ones(3, 1)
+    linear = StoredLinear(codes, bound, scale, roundings=0, whole=False, input_scale=0.5)
+    log, reads = InputLog(), Factor(torch.tensor([1.0, 4.0]), 0)
+    saw = partial(log.add, "model.layers.3.mlp.down_proj")
+    fake = FakeQuantizedLinear(torch.ones(3, 2), linear, reads=reads, gives=None, saw=saw)
+    fake(torch.tensor([[[bound / 8, 0.0], [0.0, -bound / 8]]]))
+    fake(torch.tensor([[[0.0, 3 * bound / 8]]]))
+    assert log.found() == (InputRange("layer 3 mlp.down_proj", 3.0, 1.0),)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

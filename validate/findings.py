@@ -94,16 +94,31 @@ class LayerFindings:
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """How much of the range that its step can hold the input of one linear uses.
+
+    Of a position that is its largest |x|, over the last code times the step; what is above 1 is cut.
+    linear: "layer 3 mlp.down_proj" or "lm_head".  largest: of all positions.  typical: their median.
+    """
+
+    linear: str
+    largest: float
+    typical: float
+
+
+@dataclass(frozen=True)
 class OwnPrecision:
     """The reference computed in the artifact's own precision: what rounding alone does.
 
     words: how.  artifact: the artifact's logits against it.  reference: its own against the float32
-    reference's.  Both over the same positions.
+    reference's.  Both over the same positions.  inputs: of every linear whose input is rounded; None where
+    there is none, empty where it could not be computed.
     """
 
     words: str
     artifact: LogitErrors
     reference: LogitErrors
+    inputs: tuple[InputRange, ...] | None = None
 
 
 @dataclass(frozen=True)

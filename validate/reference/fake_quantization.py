@@ -4,6 +4,8 @@ The codes come from the checkpoint's weights, the scales from the artifact; roun
 So a layer that was altered computes what the artifact was meant to compute, without its graph and its codes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from mistral_trt.contract import GraphContract
 from mistral_trt.errors import require
 from mistral_trt.export.quantization.scheme import KINDS, quiet_modelopt
 from mistral_trt.manifest import read_manifest
+from mistral_trt.validate.reference.input_log import InputLog, range_used
 from mistral_trt.validate.reference.own_precision import Alter, AlterHead
 from mistral_trt.validate.weights.graph import CODES, WeightGraph
 from mistral_trt.validate.weights.linear import FINAL_NORM, HEAD, UP, Factor, Folds, StoredLinear, read_linear
+
+Saw = Callable[[Tensor], None]
+"""Told of an input that is rounded: of each position the share of the step's range that it uses."""
 
 _BITS = {127.0: 8, 7.0: 4}
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -29,16 +35,22 @@ class FakeQuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, linear: StoredLinear, *, reads: Factor | None, gives: Factor | None
+        self,
+        weight: Tensor,
+        linear: StoredLinear,
+        *,
+        reads: Factor | None,
+        gives: Factor | None,
+        saw: Saw = lambda used: None,
     ) -> None:
         """weight: the checkpoint's, [out, in].  reads, gives: what the artifact's input and output are
-        multiplied by; here the input is, too."""
+        multiplied by; here the input is, too.  saw: see `Saw`."""
         super().__init__()
         step, dtype = linear.input_scale, weight.dtype
         self.reads = None if reads is None else reads.values.nan_to_num(1.0)
         self.weight = _rounded_weight(weight.float(), linear, reads, gives)
         self.weight = self.weight if step else self.weight.to(dtype)
-        self.bound = linear.bound
+        self.bound, self.held, self.saw = linear.bound, linear.bound * (step or 0.0), saw
         self.input_amax = None if step is None else torch.full((1, 1), step) * linear.bound
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,12 +60,16 @@ class FakeQuantizedLinear(nn.Module):
     def entering(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with: the same, scaled and rounded; float32 where it has codes."""
         scaled = x.float() if self.reads is None else x.float() * self.reads
-        return scaled.to(x.dtype) if self.input_amax is None else _round(scaled, self.input_amax, self.bound)
+        if self.input_amax is None:
+            return scaled.to(x.dtype)
+        self.saw(range_used(scaled, self.held))
+        return _round(scaled, self.input_amax, self.bound)
 
 
-def fake_quantized(folder: Path, contract: GraphContract) -> Alter:
+def fake_quantized(folder: Path, contract: GraphContract, inputs: InputLog | None = None) -> Alter:
     """A function that replaces, in a MistralDecoderLayer, each linear that the artifact has quantized.
 
+    inputs: is told of all that they round, while the layer runs.
     It takes the layer, with the checkpoint's weights as floats, and its index, and gives the same layer back.
     It raises ValidationError where the artifact's scales are none.  Raises ManifestError for a folder that is
     no ONNX artifact, MissingDependencyError without ModelOpt.
@@ -68,14 +84,14 @@ def fake_quantized(folder: Path, contract: GraphContract) -> Alter:
             if graph.dtype(f"{prefix}{kind}.weight") in CODES:
                 parent, _, child = kind.rpartition(".")
                 old: Any = layer.get_submodule(kind)
-                new = _fake_quantized(graph, folds, prefix + kind, old.weight.detach())
+                new = _fake_quantized(graph, folds, prefix + kind, old.weight.detach(), inputs)
                 setattr(layer.get_submodule(parent), child, new)
         return layer
 
     return alter
 
 
-def fake_quantized_head(folder: Path, contract: GraphContract) -> AlterHead:
+def fake_quantized_head(folder: Path, contract: GraphContract, inputs: InputLog | None = None) -> AlterHead:
     """The same for the lm_head and the norm before it; a head that is not quantized is given back as it is.
 
     Raises as `fake_quantized` does.
@@ -86,7 +102,7 @@ def fake_quantized_head(folder: Path, contract: GraphContract) -> AlterHead:
         if graph.linear(HEAD).scale is None:
             return head
         _take_norm(folds, FINAL_NORM, norm)
-        return _fake_quantized(graph, folds, HEAD, head.weight.detach())
+        return _fake_quantized(graph, folds, HEAD, head.weight.detach(), inputs)
 
     return alter
 
@@ -104,12 +120,15 @@ def _take_norm(folds: Folds, name: str, norm: Any) -> None:
         folds.take_norm(name, norm.weight.detach())
 
 
-def _fake_quantized(graph: WeightGraph, folds: Folds, module: str, weight: Tensor) -> FakeQuantizedLinear:
+def _fake_quantized(
+    graph: WeightGraph, folds: Folds, module: str, weight: Tensor, inputs: InputLog | None
+) -> FakeQuantizedLinear:
     linear = read_linear(graph, module)
     if module.endswith(UP):
         folds.take_up(module, linear, weight.float())
     reads, gives = folds.of_input(module), folds.of_output(module)
-    return FakeQuantizedLinear(weight, linear, reads=reads, gives=gives)
+    saw = partial((inputs or InputLog()).add, module)
+    return FakeQuantizedLinear(weight, linear, reads=reads, gives=gives, saw=saw)
 
 
 def _rounded_weight(

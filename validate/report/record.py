@@ -9,6 +9,7 @@ import numpy as np
 from mistral_trt.validate.findings import (
     LayerErrors,
     LayerFindings,
+    OwnPrecision,
     ScenarioResult,
     WeightFindings,
     WorstCase,
@@ -201,7 +202,17 @@ def own_precision_json(report: Report) -> dict[str, Any] | None:
     return {
         "words": report.own_precision.words,
         "pairs": [pair_json(pair, report.tokens) for pair in pairs],
+        "inputs": inputs_json(report.own_precision),
     }
+
+
+def inputs_json(own: OwnPrecision) -> list[dict[str, Any]] | None:
+    if own.inputs is None:
+        return None
+    return [
+        asdict(found) | {"largest": number(found.largest), "typical": number(found.typical)}
+        for found in own.inputs
+    ]
 
 
 def pair_json(pair: Pair, tokens: Tokens) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import numpy as np
 from mistral_trt.contract import QUANTIZED
 from mistral_trt.errors import ManifestError, ValidationError
 from mistral_trt.progress import track
-from mistral_trt.validate.findings import OwnPrecision
+from mistral_trt.validate.findings import InputRange, OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, LayerSource
 from mistral_trt.validate.reference.fake_quantization import fake_quantized, fake_quantized_head
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
+from mistral_trt.validate.reference.input_log import InputLog
 from mistral_trt.validate.reference.own_precision import Alter, AlterHead, Rounding, own_precision_layers
 from mistral_trt.validate.scenarios.scenario import READING, Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
@@ -30,10 +31,12 @@ class Own:
     """The reference in the artifact's own precision.
 
     reference: None where the artifact's scales let none be computed.  words: how it computes, or why not.
+    inputs: as in `OwnPrecision`.
     """
 
     reference: Reference | None
     words: str
+    inputs: tuple[InputRange, ...] | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def try_own_precision(trial: Trial, source: Callable[[], LayerSource]) -> Own | 
     try:
         return in_own_precision(trial, source())
     except (ManifestError, ValidationError) as error:  # of the artifact: the float32 reference has been run
-        return Own(None, f"not computed: {error}")
+        return Own(None, f"not computed: {error}", ())
 
 
 def own_precision_notes(references: References) -> tuple[str, ...]:
@@ -75,15 +78,17 @@ def own_precision_notes(references: References) -> tuple[str, ...]:
 
 def in_own_precision(trial: Trial, source: LayerSource) -> Own:
     """Run the reference's layers with the artifact's rounding.  source: of the float32 layers."""
+    inputs = InputLog()
     layers = own_precision_layers(
         source,
         precision=trial.contract.precision,
         rounding=rounding_of(trial),
-        alter=alteration_of(trial),
-        alter_head=alteration_of_head(trial),
+        alter=alteration_of(trial, inputs),
+        alter_head=alteration_of_head(trial, inputs),
     )
     with track("own precision", layers.num_hidden_layers, unit="layers") as advance:
-        return Own(run_layers(layers, trial.tokens.ids, advance=advance), layers.words)
+        reference = run_layers(layers, trial.tokens.ids, advance=advance)
+    return Own(reference, layers.words, inputs.found() or None)
 
 
 def rounding_of(trial: Trial) -> Rounding:
@@ -93,18 +98,18 @@ def rounding_of(trial: Trial) -> Rounding:
     return "parameters" if trial.contract.cache_dtype == "bfloat16" else "attention"
 
 
-def alteration_of(trial: Trial) -> Alter | None:
+def alteration_of(trial: Trial, inputs: InputLog) -> Alter | None:
     """What the artifact's precision does to the linears of a layer beyond its dtype."""
     if trial.contract.precision not in QUANTIZED:
         return None
-    return fake_quantized(trial.folder, trial.contract)
+    return fake_quantized(trial.folder, trial.contract, inputs)
 
 
-def alteration_of_head(trial: Trial) -> AlterHead | None:
+def alteration_of_head(trial: Trial, inputs: InputLog) -> AlterHead | None:
     """The same of its lm_head."""
     if trial.contract.precision not in QUANTIZED:
         return None
-    return fake_quantized_head(trial.folder, trial.contract)
+    return fake_quantized_head(trial.folder, trial.contract, inputs)
 
 
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:
@@ -112,10 +117,10 @@ def third_leg(references: References, played: Mapping[str, Played], *, tokens: T
     if references.own is None:
         return None
     if references.own.reference is None:  # no number is held against the gates, and so they fail
-        return OwnPrecision(references.own.words, concatenate([]), concatenate([]))
+        return OwnPrecision(references.own.words, concatenate([]), concatenate([]), references.own.inputs)
     artifact = played[READING].results[1].errors
     pairs = list(_compare(references.own.reference, references.reference, tokens))
-    return OwnPrecision(references.own.words, artifact, concatenate(pairs))
+    return OwnPrecision(references.own.words, artifact, concatenate(pairs), references.own.inputs)
 
 
 def _compare(found: Reference, expected: Reference, tokens: Tokens) -> Iterator[LogitErrors]:

@@ -34,10 +34,12 @@ TITLES = {
     "own_relative_error_mean": "Relative logit error in its own precision, mean",
     "own_kl_mean": "KL divergence in its own precision, mean",
     "own_top1_agreement": "Top-1 agreement in its own precision",
+    "input_range_used_max": "Range of a linear's input in use, at a typical position",
+    "input_range_used_min": "Range of a linear's input in use, at its largest number",
 }
 """Every quantity that can be gated, in the order of the report."""
 
-_MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement")
+_MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement", "input_range_used_min")
 _KEYS = {"at_most", "at_least", "reason", "min_positions", "times_cost"}
 
 

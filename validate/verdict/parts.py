@@ -57,6 +57,7 @@ def measure_parts(
         "cache_error_max": None if layers is None else _worst_cache(layers, ring),
         "activation_max": None if layers is None else _largest_activation(layers),
         **_own_precision(own),
+        **_input_ranges(own),
     }
 
 
@@ -166,6 +167,27 @@ def _own_precision(own: OwnPrecision | None) -> dict[str, Measured | None]:
         return dict.fromkeys(metrics)
     found = own.artifact
     return {name: Measured(mean(found, metric), "", len(found)) for name, metric in metrics.items()}
+
+
+def _input_ranges(own: OwnPrecision | None) -> dict[str, Measured | None]:
+    """The fullest range, by a typical position, and the emptiest, by its largest number; NaN where none could
+    be measured.
+
+    One position past the range is healthy: calibration saw another text, and a channel that was next to
+    silent there was smoothed by a large factor. An input that is cut at every other position is not.
+    """
+    names = ("input_range_used_max", "input_range_used_min")
+    if own is None or own.inputs is None:
+        return dict.fromkeys(names)
+    if not own.inputs:
+        return dict.fromkeys(names, Measured(math.nan, "", 0))
+    fullest = max(own.inputs, key=lambda found: found.typical)
+    emptiest = min(own.inputs, key=lambda found: found.largest)
+    positions = len(own.reference)
+    return {
+        "input_range_used_max": Measured(fullest.typical, fullest.linear, positions),
+        "input_range_used_min": Measured(emptiest.largest, emptiest.linear, positions),
+    }
 
 
 def _mean(errors: np.ndarray) -> float:
