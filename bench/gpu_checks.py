@@ -25,6 +25,7 @@ from mistral_trt.runtime.engine_folder import check_engine_folder, check_machine
 from mistral_trt.runtime.tensorrt.backend import TensorRtBackend, decode_batches
 from mistral_trt.runtime.tensorrt.loaded import LoadedEngine
 from mistral_trt.validate.budget import DEFAULT
+from mistral_trt.validate.findings import ScenarioResult
 from mistral_trt.validate.metrics import concatenate, logit_errors
 from mistral_trt.validate.opening import openable
 from mistral_trt.validate.polygraphy_inputs import input_tokens
@@ -149,18 +150,18 @@ def against_pytorch(bench: Bench) -> dict[str, Any]:
 
 def side_by_side(
     graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens
-) -> table.ScenarioResult:
+) -> ScenarioResult:
     """Play a scenario on both and compare call by call."""
     found = []
     calls = zip(play(graph, plan, tokens=tokens.ids), play(engine, plan, tokens=tokens.ids), strict=True)
     for (positions, expected), (_, logits) in calls:
         targets = tokens.targets[positions]
         found.append(logit_errors(expected, logits, positions=positions, targets=targets))
-    return table.ScenarioResult(plan, concatenate(found), None)
+    return ScenarioResult(plan, concatenate(found), None)
 
 
 def judged(
-    precision: str, results: Sequence[table.ScenarioResult], pokes: Sequence[PokeResult]
+    precision: str, results: Sequence[ScenarioResult], pokes: Sequence[PokeResult]
 ) -> dict[str, Any]:
     """The gates of `mistral-trt validate`, held against what was found; without pokes, theirs left out."""
     measured = dict.fromkeys(table.TITLES) | table.measure(results, pokes)

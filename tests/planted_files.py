@@ -201,3 +201,15 @@ def no_onnx(folder: Path) -> None:
 
 def unreadable_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+
+def blocks_shifted(folder: Path) -> None:
+    """Each block of v_proj's inputs has the scales of the block before it."""
+    scales = stored(folder, f"{V}_scale")  # [blocks, bytes of the outputs' scales]
+    scales[:] = np.roll(scales, 1, axis=0)
+
+
+def head_rows_exchanged(folder: Path) -> None:
+    """Those of two neighbouring tokens."""
+    rows = stored(folder, HEAD)
+    rows[[100, 101]] = rows[[101, 100]]

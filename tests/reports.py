@@ -1,5 +1,6 @@
 """Made-up reports for the tests: 60 positions of a tiny model, with or without every part."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -149,13 +150,21 @@ def layer_findings(count: int = 12, *, offset: float = 1.0, wrong: int | None = 
     )
 
 
-def own_precision(read: LogitErrors, scale: float = 0.5) -> OwnPrecision:
+def own_precision(results: Sequence[ScenarioResult], scale: float = 0.5) -> OwnPrecision:
     """The reference in float16, half as far from both as the artifact is from float32."""
-    closer = replace(read, **{name: scale * getattr(read, name) for name in ("relative", "kl")})
+    closer = tuple(
+        replace(
+            result,
+            errors=replace(
+                result.errors, relative=scale * result.errors.relative, kl=scale * result.errors.kl
+            ),
+        )
+        for result in results
+    )
     return OwnPrecision(
         "The reference ran in float16 on the CPU.",
-        artifact=closer,
-        reference=closer,
+        closer,
+        reading(closer),
         inputs=(InputRange("layer 0 mlp.down_proj", 1.2, 0.8),),
     )
 
@@ -197,7 +206,7 @@ def full_report(
     """The report of a text whose every part was run."""
     plain = text_report(QUANTIZATION, scale=scale)
     found = layer_findings() if layers is None else layers
-    own = own_precision(reading(plain.scenarios))
+    own = own_precision(plain.scenarios)
     gates = read_gates("fp16")
     measured = {
         **measure(plain.scenarios, plain.pokes),

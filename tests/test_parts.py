@@ -12,11 +12,12 @@ from mistral_trt.validate.findings import (
     InputRange,
     LayerErrors,
     LayerFindings,
+    OwnPrecision,
     WeightFindings,
 )
 from mistral_trt.validate.verdict.gates import Measured, judge, read_gates
 from mistral_trt.validate.verdict.parts import Offender, first_offender, measure_parts, place_of
-from tests.reports import errors, own_precision
+from tests.reports import errors, own_precision, report
 
 RING = Ring(8, 4)
 POSITIONS = np.arange(8, 20)
@@ -114,23 +115,31 @@ def test_wrong_weights_are_counted_and_the_first_is_named() -> None:
     assert weights("b") == Measured(1, "b", 9)
 
 
-def test_the_own_precision_is_measured_on_the_artifact() -> None:
-    read = errors(60, 1e-3)
-    own = own_precision(read, 0.25)
-    found = measure_parts(layers=None, own=replace(own, reference=errors(60, 9.0)), weights=None, ring=RING)
+def test_the_own_precision_is_measured_on_the_artifact_in_every_scenario() -> None:
+    """The worst scenario counts: here the second, in which the artifact is three times as far off."""
+    first, second, *_ = report().scenarios
+    second = replace(second, errors=errors(60, 3e-5))
+    own = replace(own_precision([first, second], 0.25), reference=errors(60, 9.0))
+    found = measure_parts(layers=None, own=own, weights=None, ring=RING)
+    read = second.errors
     expected = {"own_kl_mean": 0.25 * read.kl, "own_relative_error_mean": 0.25 * read.relative}
     assert found["input_range_used_max"] == Measured(0.8, "layer 0 mlp.down_proj", 60)
     for name, values in (expected | {"own_top1_agreement": read.agree}).items():
         value = found[name]
         assert value is not None
-        assert value.positions == 60
+        assert (value.positions, value.where) == (60, "decode" if name in expected else "prefill")
         assert value.value == pytest.approx(np.mean(values))
+
+
+def of_positions(count: int) -> OwnPrecision:
+    first, *_ = report().scenarios
+    return own_precision([replace(first, errors=errors(count, 1e-3))])
 
 
 def test_input_ranges_are_judged_by_a_typical_position_and_by_the_largest_number() -> None:
     """Largest and typical number: a is huge at one token only, c far past what calibration saw at one."""
     ranges = (InputRange("a", 1.0, 0.001), InputRange("b", 1.5, 0.9), InputRange("c", 1400.0, 6.0))
-    own = replace(own_precision(errors(600, 1e-3)), inputs=ranges)
+    own = replace(of_positions(600), inputs=ranges)
 
     def judged(*more: InputRange) -> dict[str, tuple[bool, str]]:
         changed = replace(own, inputs=(*ranges, *more))
@@ -144,7 +153,7 @@ def test_input_ranges_are_judged_by_a_typical_position_and_by_the_largest_number
 
 
 def test_inputs_that_are_not_rounded_decide_nothing_and_such_as_were_not_computed_pass_nothing() -> None:
-    own = own_precision(errors(60, 1e-3))
+    own = of_positions(60)
     for inputs, count in ((None, 0), ((), 1)):
         found = measure_parts(layers=None, own=replace(own, inputs=inputs), weights=None, ring=RING)
         gates = [gate for gate in read_gates("fp8") if gate.metric.startswith("input_range")]

@@ -315,7 +315,7 @@ def test_what_comes_from_outside_is_escaped() -> None:
             undecided=(replace(found.undecided[0], why=hostile),),
             weights=WeightFindings(1, {hostile: hostile}, None),
             layers=LayerFindings(hostile, (), ()),
-            own_precision=replace(own_precision(errors(LENGTH, 1.0)), words=hostile),
+            own_precision=replace(own_precision(found.scenarios), words=hostile),
             worst_cases=(
                 replace(
                     WORST_CASES[0],

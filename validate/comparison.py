@@ -114,7 +114,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
     }
     cost = costs(found.own_precision)
     limits = [gate.allowing(cost.get(gate.metric)) for gate in limits]
-    left = table.undecided(limits, measured)
+    is_text = trial.tokens.is_text
+    left = table.undecided(limits, measured, is_text=is_text)
     return Report(
         contract=contract,
         artifact=describe_artifact(subject.folder, subject.manifest)
@@ -125,7 +126,7 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         probes=tuple(probes(contract, length)),
         scenarios=found.scenarios,
         pokes=found.pokes,
-        gates=table.judge(limits, measured),
+        gates=table.judge(limits, measured, is_text=is_text),
         undecided=left,
         weights=weights,
         layers=found.layers,

@@ -110,13 +110,13 @@ class InputRange:
 class OwnPrecision:
     """The reference computed in the artifact's own precision: what rounding alone does.
 
-    words: how.  artifact: the artifact's logits against it.  reference: its own against the float32
-    reference's.  Both over the same positions.  inputs: of every linear whose input is rounded; None where
-    there is none, empty where it could not be computed.
+    words: how.  scenarios: the artifact's logits against it, in the order they were played.  reference: its
+    own against the float32 reference's, at every position.  inputs: of every linear whose input is rounded;
+    None where there is none, empty where it could not be computed.
     """
 
     words: str
-    artifact: LogitErrors
+    scenarios: tuple[ScenarioResult, ...]
     reference: LogitErrors
     inputs: tuple[InputRange, ...] | None = None
 

@@ -4,7 +4,7 @@ So that rounding, which the second shows as well, is not blamed on the graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from mistral_trt.validate.reference.fake_quantization import fake_quantized, fak
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
 from mistral_trt.validate.reference.input_log import InputLog
 from mistral_trt.validate.reference.own_precision import Alter, AlterHead, Rounding, own_precision_layers
-from mistral_trt.validate.scenarios.scenario import READING, Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.trial.artifact_run import Played
 from mistral_trt.validate.trial.trial import Trial
@@ -46,11 +45,11 @@ class References:
     reference: Reference
     own: Own | None
 
-    def of(self, plan: Scenario) -> list[Reference]:
-        """The reference; for the scenario that is read, the one in its own precision too."""
-        if self.own is None or self.own.reference is None or plan.name != READING:
-            return [self.reference]
-        return [self.reference, self.own.reference]
+    @property
+    def every(self) -> list[Reference]:
+        """The reference, and where there is one the reference in the artifact's own precision."""
+        own = None if self.own is None else self.own.reference
+        return [self.reference] if own is None else [self.reference, own]
 
 
 def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
@@ -113,14 +112,17 @@ def alteration_of_head(trial: Trial, inputs: InputLog) -> AlterHead | None:
 
 
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:
-    """The artifact against the reference in its own precision, and that one against the reference."""
-    if references.own is None:
+    """The artifact against the reference in its own precision, in every scenario, and that one against the
+    reference."""
+    own = references.own
+    if own is None:
         return None
-    if references.own.reference is None:  # no number is held against the gates, and so they fail
-        return OwnPrecision(references.own.words, concatenate([]), concatenate([]), references.own.inputs)
-    artifact = played[READING].results[1].errors
-    pairs = list(_compare(references.own.reference, references.reference, tokens))
-    return OwnPrecision(references.own.words, artifact, concatenate(pairs), references.own.inputs)
+    if own.reference is None:  # no number is held against the gates, and so they fail
+        nothing = tuple(replace(found.results[0], errors=concatenate([])) for found in played.values())
+        return OwnPrecision(own.words, nothing, concatenate([]), own.inputs)
+    scenarios = tuple(found.results[1] for found in played.values())
+    pairs = list(_compare(own.reference, references.reference, tokens))
+    return OwnPrecision(own.words, scenarios, concatenate(pairs), own.inputs)
 
 
 def _compare(found: Reference, expected: Reference, tokens: Tokens) -> Iterator[LogitErrors]:

@@ -40,7 +40,7 @@ TITLES = {
 """Every quantity that can be gated, in the order of the report."""
 
 _MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement", "input_range_used_min")
-_KEYS = {"at_most", "at_least", "reason", "min_positions", "times_cost"}
+_KEYS = {"at_most", "at_least", "reason", "min_positions", "of_text", "times_cost"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Measured:
 class Gate:
     """One row of the table.  bound: "at_most" or "at_least".  min_positions: fewer decide nothing.
 
-    times_cost: on a model that rounding itself costs more, the limit gives way to so many times that cost; 0
-    is never.
+    of_text: whether random tokens decide nothing.  times_cost: on a model that rounding itself costs more,
+    the limit gives way to so many times that cost; 0 is never.
     """
 
     metric: str
@@ -65,6 +65,7 @@ class Gate:
     limit: float
     reason: str
     min_positions: int = 0
+    of_text: bool = False
     times_cost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -173,17 +174,20 @@ def _gate(metric: str, row: object, table: Path) -> Gate:
     bounds = sorted({"at_most", "at_least"} & set(row))
     if len(bounds) != 1 or set(row) - _KEYS or not isinstance(row.get("reason"), str):
         raise ValidationError(
-            f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions "
-            f"and times_cost beside them, found {sorted(row)}"
+            f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions, "
+            f"of_text and times_cost beside them, found {sorted(row)}"
         )
-    limit, least, times = row[bounds[0]], row.get("min_positions", 0), row.get("times_cost", 0)
+    limit, least = row[bounds[0]], row.get("min_positions", 0)
+    of_text, times = row.get("of_text", False), row.get("times_cost", 0)
+    if type(of_text) is not bool:
+        raise ValidationError(f"{table}: of_text of {metric} must be true or false, found {of_text!r}")
     if not _finite(limit) or not _finite(times) or times < 0 or type(least) is not int:
         raise ValidationError(
             f"{table}: the limit of {metric} must be a finite number, min_positions a whole one and "
             f"times_cost not negative, found {limit!r}, {least!r} and {times!r}"
         )
     try:
-        return Gate(metric, bounds[0], float(limit), row["reason"], least, float(times))
+        return Gate(metric, bounds[0], float(limit), row["reason"], least, of_text, float(times))
     except ValidationError as error:
         raise ValidationError(f"{table}: {error}") from error
 
@@ -197,7 +201,7 @@ def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Pat
     """The row that a user asks for. Raises ValidationError where it asks for less than ours."""
     if ours is None:
         return _gate(metric, row, path)
-    asked = _gate(metric, {"min_positions": ours.min_positions, **row}, path)
+    asked = _gate(metric, {"min_positions": ours.min_positions, "of_text": ours.of_text, **row}, path)
     if not ours.holds(asked.limit):
         raise ValidationError(
             f"{path}: {metric} may only be tightened: {asked.bound} {asked.limit:g} is looser than "
@@ -213,19 +217,26 @@ def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Pat
             f"{path}: {metric} may only be tightened: {asked.min_positions} positions are asked for before "
             f"it decides, {ours.min_positions} are enough; leave min_positions out"
         )
+    if asked.of_text and not ours.of_text:
+        raise ValidationError(
+            f"{path}: {metric} may only be tightened: of_text would not decide over random tokens, and ours "
+            "does; leave of_text out"
+        )
     return asked
 
 
-def judge(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[GateResult, ...]:
+def judge(
+    gates: Sequence[Gate], measured: Mapping[str, Measured | None], *, is_text: bool = True
+) -> tuple[GateResult, ...]:
     """Hold each gate against its number; those that `undecided` names are left out.
 
-    measured: None where the part that gives the number was not run.
+    measured: None where the part that gives the number was not run.  is_text: whether a text was read.
     Raises ValidationError for a gate whose number is not there at all.
     """
     for gate in gates:
         if gate.metric not in measured:
             raise ValidationError(f"gates: {gate.metric} was not measured in this run")
-    pairs = [(gate, measured[gate.metric]) for gate in gates]
+    pairs = [(gate, measured[gate.metric]) for gate in gates if is_text or not gate.of_text]
     return tuple(
         GateResult(gate, found)
         for gate, found in pairs
@@ -233,13 +244,17 @@ def judge(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tup
     )
 
 
-def undecided(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[Undecided, ...]:
+def undecided(
+    gates: Sequence[Gate], measured: Mapping[str, Measured | None], *, is_text: bool = True
+) -> tuple[Undecided, ...]:
     """The gates that `judge` leaves out, each with the reason."""
     left = []
     for gate in gates:
         found = measured[gate.metric]
         if found is None:
             left.append(Undecided(gate, "not run"))
+        elif gate.of_text and not is_text:
+            left.append(Undecided(gate, "takes text, found random tokens"))
         elif found.positions < gate.min_positions:
             of_text = " of text" if gate.metric == "perplexity_ratio" else ""
             why = f"takes {gate.min_positions:,} positions{of_text}, found {found.positions:,}"

@@ -18,7 +18,7 @@ from mistral_trt.validate.findings import (
     WeightFindings,
 )
 from mistral_trt.validate.metrics import mean, worst
-from mistral_trt.validate.verdict.gates import Measured
+from mistral_trt.validate.verdict.gates import Measured, measure
 
 _JUMP = 5.0
 """A layer stands out above this many times the median layer: healthy layers are within a factor of two."""
@@ -158,15 +158,10 @@ def _largest_activation(layers: LayerFindings) -> Measured:
 
 
 def _own_precision(own: OwnPrecision | None) -> dict[str, Measured | None]:
-    metrics = {
-        "own_relative_error_mean": "relative",
-        "own_kl_mean": "kl",
-        "own_top1_agreement": "agree",
-    }
-    if own is None:
-        return dict.fromkeys(metrics)
-    found = own.artifact
-    return {name: Measured(mean(found, metric), "", len(found)) for name, metric in metrics.items()}
+    """The same numbers as of the scenarios against the float32 reference."""
+    names = ("relative_error_mean", "kl_mean", "top1_agreement")
+    found: dict[str, Measured] = {} if own is None else measure(own.scenarios, ())
+    return {f"own_{name}": found.get(name) for name in names}
 
 
 def _input_ranges(own: OwnPrecision | None) -> dict[str, Measured | None]:

@@ -51,7 +51,7 @@ def three_way(results: Sequence[ScenarioResult], own: OwnPrecision) -> tuple[Pai
     """Reference, the reference in the artifact's own precision, and the artifact: each against each."""
     return (
         _pair("own precision", "reference", own.reference),
-        _pair("artifact", "own precision", own.artifact),
+        _pair("artifact", "own precision", reading(own.scenarios)),
         _pair("artifact", "reference", reading(results)),
     )
 
