@@ -1,7 +1,7 @@
 """Fixtures for all tests: tiny seeded checkpoints and their ONNX folders, each made once a session.
 
 What the factories return is shared, by pytest-xdist's workers too: a test that alters a folder copies it
-first (`shutil.copytree`), and `shared` looks whether all did.
+first (`shutil.copytree`), and `shared_store` looks whether all did.
 Torch and transformers are imported where they are needed, so that a test without them starts at once.
 """
 
@@ -39,16 +39,16 @@ _EXPORT_DEFAULTS: dict[str, object] = {
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """What is made once a session, for all workers."""
     own = tmp_path_factory.getbasetemp()
-    shared = Store((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared")
-    yield shared
-    assert not shared.altered(), "a test altered what others share: it should copy the folder first"
+    store = Store((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "store")
+    yield store
+    assert not store.altered(), "a test altered what others share: it should copy the folder first"
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(shared: Store) -> Folder:
+def tiny_checkpoint(shared_store: Store) -> Folder:
     """tiny_checkpoint(tokenizer=False, seed=0, dtype="float32", **config) -> a checkpoint folder.
 
     config: any key of `config.json`, over the defaults of `tests.models.write_checkpoint` (2 layers, W = 8).
@@ -67,13 +67,13 @@ def tiny_checkpoint(shared: Store) -> Folder:
             if tokenizer:
                 write_tokenizer(folder)
 
-        return shared.folder("checkpoints", json.dumps([tokenizer, overrides], sort_keys=True), make)
+        return shared_store.folder("checkpoints", json.dumps([tokenizer, overrides], sort_keys=True), make)
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def onnx_folder(shared: Store, tiny_checkpoint: Folder, built_graph: "BuiltGraph") -> Folder:
+def onnx_folder(shared_store: Store, tiny_checkpoint: Folder, built_graph: "BuiltGraph") -> Folder:
     """onnx_folder(precision="fp32", prefill_chunk=4, max_batch_size=4, max_context=None, **checkpoint)
 
     -> the ONNX folder of `tiny_checkpoint(**checkpoint)`, exported with the trace of `built_graph`.
@@ -91,13 +91,13 @@ def onnx_folder(shared: Store, tiny_checkpoint: Folder, built_graph: "BuiltGraph
                 patch.setattr(stage, "build_graph", built_graph)
                 stage.export_checkpoint(checkpoint, out, **options)  # type: ignore[arg-type]
 
-        return shared.folder("onnx", json.dumps([options, arguments], sort_keys=True), make)
+        return shared_store.folder("onnx", json.dumps([options, arguments], sort_keys=True), make)
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def traces(shared: Store, pytestconfig: pytest.Config) -> Store:
+def kept_traces(shared_store: Store, pytestconfig: pytest.Config) -> Store:
     """Where `built_graph` keeps its graphs: in pytest's cache, from run to run.
 
     Under the hash of all that could alter them, so another source or another torch traces anew.
@@ -109,7 +109,7 @@ def traces(shared: Store, pytestconfig: pytest.Config) -> Store:
 
     cache = getattr(pytestconfig, "cache", None)
     if cache is None:  # `-p no:cacheprovider`
-        return shared
+        return shared_store
     packages = [Path(str(package.__file__)).parent for package in (mistral_trt, export)]
     paths = [path for package in packages for path in sorted(package.glob("*.py"))]
     sources = [path.read_text() for path in (*paths, Path(graphs.__file__))]
@@ -119,7 +119,7 @@ def traces(shared: Store, pytestconfig: pytest.Config) -> Store:
 
 
 @pytest.fixture(scope="session")
-def built_graph(traces: Store) -> "BuiltGraph":
+def built_graph(kept_traces: Store) -> "BuiltGraph":
     """built_graph(contract) -> what `build_graph(contract)` gives, which takes seconds.
 
     Traced once for each config, ring and dtype of the rings: of the rest of a contract the graph knows
@@ -130,7 +130,7 @@ def built_graph(traces: Store) -> "BuiltGraph":
 
     def graph(contract: "GraphContract") -> "ir.Model":
         key = repr((contract.config, contract.ring, contract.cache_dtype))
-        folder = traces.folder("graphs", key, lambda folder: write_graph(build_graph(contract), folder))
+        folder = kept_traces.folder("graphs", key, lambda folder: write_graph(build_graph(contract), folder))
         return read_graph(folder)
 
     return graph

@@ -183,7 +183,11 @@ def test_the_command_prints_the_folder(
     [
         ({"rope_theta": 1e6}, r"found another one: rope_theta 10000.0 and 1000000.0\. Build"),
         pytest.param({"rms_norm_eps": 1e-6}, r"rms_norm_eps 1e-05 and 1e-06\. Build", marks=pytest.mark.slow),
-        ({"prefill_chunk": 3}, r"found another one: prefill_chunk 4 and 3\. Build"),
+        pytest.param(
+            {"prefill_chunk": 3},
+            r"found another one: prefill_chunk 4 and 3\. Build",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"sliding_window": 9},
             r"found another one: sliding_window 8 and 9\. Build",
