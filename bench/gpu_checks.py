@@ -34,6 +34,7 @@ from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, question
 from mistral_trt.validate.scenarios.scenario import Scenario, play, scenarios
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.verdict import gates as table
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 WARM_STEPS, TIMED_STEPS, TIMED_PROMPTS = 10, 50, 3
 
@@ -146,21 +147,17 @@ def against_pytorch(bench: Bench) -> dict[str, Any]:
     return judged(contract.precision, results, [])
 
 
-def side_by_side(
-    graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens
-) -> table.ScenarioResult:
+def side_by_side(graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens) -> ScenarioResult:
     """Play a scenario on both and compare call by call."""
     found = []
     calls = zip(play(graph, plan, tokens=tokens.ids), play(engine, plan, tokens=tokens.ids), strict=True)
     for (positions, expected), (_, logits) in calls:
         targets = tokens.targets[positions]
         found.append(logit_errors(expected, logits, positions=positions, targets=targets))
-    return table.ScenarioResult(plan, concatenate(found), None)
+    return ScenarioResult(plan, concatenate(found), None)
 
 
-def judged(
-    precision: str, results: Sequence[table.ScenarioResult], pokes: Sequence[PokeResult]
-) -> dict[str, Any]:
+def judged(precision: str, results: Sequence[ScenarioResult], pokes: Sequence[PokeResult]) -> dict[str, Any]:
     """The gates of `mistral-trt validate`, held against what was found; without pokes, theirs left out."""
     measured = dict.fromkeys(table.TITLES) | table.measure(results, pokes)
     gates = [g for g in table.read_gates(precision) if pokes or not g.metric.endswith(("_seen", "_unseen"))]

@@ -71,6 +71,17 @@ MUTATIONS = (
     in_graph(
         "window one too narrow", "int8", VISIBLE, graph.wider_by(-1), "own_kl_mean", "own_top1_agreement"
     ),
+    replace(
+        in_graph("window one too narrow in the last layer", "int8", VISIBLE, graph.narrower_in_last_layer),
+        layers=2,
+    ),
+    in_graph(
+        "window too wide but for a chunk's first token",
+        "fp8",
+        HIDDEN,
+        graph.wider_after_the_first(1),
+        "own_kl_mean",
+    ),
     in_graph("mask missing", "fp32", HIDDEN, graph.mask_missing, WRONG, LOGIT, *FAR, TOP1, UPDATE),
     in_graph("mask transposed", "fp32", LOGIT, graph.mask_transposed, WRONG, VISIBLE, *FAR, TOP1, UPDATE),
     in_graph("padding and later tokens attended", "fp32", LOGIT, graph.later_attended, *FAR, TOP1, UPDATE),
@@ -128,6 +139,13 @@ MUTATIONS = (
         "cosine_distance_max",
         CACHE,
         "own_kl_mean",
+    ),
+    in_graph(
+        "angles of row 0 for every row",
+        "int8",
+        "own_kl_mean",
+        graph.angles_of_row_0,
+        "own_relative_error_mean",
     ),
     in_graph("query head h reads key head h % K", "fp32", LOGIT, graph.tiled_groups, *FAR, TOP1, UPDATE),
     in_graph("query scaled twice", "fp16", UPDATE, graph.scaled_twice, LOGIT, *MEANS, *FAR, TOP1, *OWN),
@@ -212,6 +230,7 @@ MUTATIONS = (
         TOP1,
         *OWN,
     ),
+    in_weights("two tokens' rows of the head exchanged", "int8", WRONG, files.head_rows_exchanged),
     in_weights("wrong tokenizer", "fp16", WRONG, files.wrong_tokenizer),
     in_runtime("cache not carried", "fp32", VISIBLE, runtime.all_forgotten, LOGIT, *FAR, TOP1),
     in_runtime(
@@ -236,6 +255,15 @@ MUTATIONS = (
         *FAR,
     ),
     in_runtime("idle row overwritten", "fp32", LOGIT, runtime.idle_row_overwritten, *FAR),
+    in_runtime("idle row overwritten", "int8", HIDDEN, runtime.idle_row_overwritten, "own_kl_mean"),
+    in_runtime("rows' logits mixed", "fp8", "own_kl_mean", runtime.rows_mixed, "own_relative_error_mean"),
+    in_runtime(
+        "tokens of the row before",
+        "int4",
+        "own_kl_mean",
+        runtime.tokens_of_the_row_before,
+        "own_relative_error_mean",
+    ),
     in_runtime("rows' logits exchanged", "fp32", LOGIT, runtime.rows_exchanged, VISIBLE, *FAR),
     in_runtime("every prefill to row 0", "fp32", LOGIT, runtime.chunks_to_row_0, VISIBLE, *FAR),
     in_runtime("chunk edges ignored", "fp32", CALLS, runtime.chunk_edges_ignored),
@@ -260,6 +288,7 @@ MUTATIONS = (
         CACHE,
         *OWN,
     ),
+    in_codes("each block with the scales of the block before it", "int4", WRONG, files.blocks_shifted, *OWN),
     in_codes("INT4 nibbles swapped", "int4", WRONG, files.nibbles_swapped, TOP1, UPDATE, CACHE, *OWN),
     in_codes("a bit of a code flipped", "fp8", WRONG, files.bit_flipped(GATE, 5, 6)),
     in_codes(

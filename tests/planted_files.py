@@ -97,6 +97,18 @@ def scales_shifted(folder: Path) -> None:
     scale[:] = np.roll(scale, -1)
 
 
+def blocks_shifted(folder: Path) -> None:
+    """Each block of v_proj's inputs has the scales of the block before it."""
+    scales = stored(folder, f"{V}_scale")  # [blocks, bytes of the outputs' scales]
+    scales[:] = np.roll(scales, 1, axis=0)
+
+
+def head_rows_exchanged(folder: Path) -> None:
+    """Those of two neighbouring tokens."""
+    rows = stored(folder, HEAD)
+    rows[[100, 101]] = rows[[101, 100]]
+
+
 def input_clipped(folder: Path) -> None:
     """The step in which q, k and v_proj round their input is an eighth, so its largest numbers are cut."""
     scale_times(1 / 8, *(f"{LAYER}self_attn.{kind}_proj.input_scale" for kind in "qkv"))(folder)

@@ -16,6 +16,8 @@ from mistral_trt.export import decoder
 Patch = Callable[[pytest.MonkeyPatch], None]
 """Plants a fault until the test ends."""
 
+Past = list[tuple[Tensor, Tensor]]
+
 
 def mask(rule: Callable[[Tensor, Tensor, int], Tensor]) -> Patch:
     """Replace the mask.  rule: (held [B, 1, 1, R], query [B, 1, S, 1], W) -> bool [B, 1, S, R]"""
@@ -45,11 +47,64 @@ mask_transposed = mask(lambda held, query, window: (held >= 0) & (held >= query)
 later_attended = mask(lambda held, query, window: (held >= 0) & (held > query - window))
 empty_attended = mask(lambda held, query, window: (held <= query) & (held > query - window))
 
+
+def wider_after_the_first(tokens: int) -> Patch:
+    """Every token of a call but its first sees that many tokens more."""
+
+    def visible_slots(position_ids: Tensor, ring: Ring) -> Tensor:
+        held = decoder.held_positions(position_ids, ring)[:, None, None, :]
+        query = position_ids[:, None, :, None]
+        later = (query > position_ids[:, None, :1, None]).to(torch.int64)
+        return (held >= 0) & (held <= query) & (held > query - ring.sliding_window - tokens * later)
+
+    return lambda patch: patch.setattr(decoder, "visible_slots", visible_slots)
+
+
 slot_one_too_far = slot(lambda start, ring: torch.remainder(start + 1, ring.capacity))
 slot_by_window = slot(lambda start, ring: torch.remainder(start, ring.sliding_window))
 
 capacity_of_window = ring_capacity(lambda ring: ring.sliding_window)
 capacity_too_small_by_one = ring_capacity(lambda ring: ring.sliding_window + ring.prefill_chunk - 1)
+
+
+def model(forward: Callable[[decoder.Model, Tensor, Tensor, Past], Any]) -> Patch:
+    return lambda patch: patch.setattr(decoder.Model, "forward", forward)
+
+
+def through_layers(
+    self: decoder.Model,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    past: Past,
+    *,
+    rotated_by: Tensor | None = None,
+    last_layer_hides: int = 0,
+) -> Any:
+    """What `Model.forward` does, but for the positions whose angles are taken, and for how many of the oldest
+    tokens the last layer does not see."""
+    x, first_slot = self.embed_tokens(input_ids), decoder.write_slot(position_ids, self.ring)
+    rotary = self.rotary(position_ids if rotated_by is None else rotated_by)
+    mask = decoder.visible_slots(position_ids, self.ring)
+    held = decoder.held_positions(position_ids, self.ring)[:, None, None, :]
+    oldest = position_ids[:, None, :, None] - self.ring.sliding_window + last_layer_hides
+    presents = []
+    for layer, rings in zip(self.layers, past, strict=True):
+        seen = mask & (held > oldest) if layer is self.layers[-1] and last_layer_hides else mask
+        x, present = layer(x, rotary, first_slot, seen, rings)
+        presents.append(present)
+    return self.norm(x), presents
+
+
+@model
+def narrower_in_last_layer(self: decoder.Model, input_ids: Tensor, position_ids: Tensor, past: Past) -> Any:
+    return through_layers(self, input_ids, position_ids, past, last_layer_hides=1)
+
+
+@model
+def angles_of_row_0(self: decoder.Model, input_ids: Tensor, position_ids: Tensor, past: Past) -> Any:
+    """Every row is rotated by the positions of the first."""
+    of_row_0 = position_ids[:1].expand(position_ids.shape[0], -1)
+    return through_layers(self, input_ids, position_ids, past, rotated_by=of_row_0)
 
 
 def keys_not_rotated(patch: pytest.MonkeyPatch) -> None:

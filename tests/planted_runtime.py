@@ -31,6 +31,11 @@ def earlier_logits(step: Step) -> Step:
 
 
 @altered_step
+def tokens_of_the_row_before(step: Step) -> Step:
+    return replace(step, input_ids=np.roll(step.input_ids, 1, axis=0))
+
+
+@altered_step
 def chunks_to_row_0(step: Step) -> Step:
     return replace(step, first_row=0)
 
@@ -51,6 +56,13 @@ def nan_at_50(step: Step, logits: Logits) -> Logits:
 @altered_logits
 def rows_exchanged(step: Step, logits: Logits) -> Logits:
     return logits[::-1]
+
+
+@altered_logits
+def rows_mixed(step: Step, logits: Logits) -> Logits:
+    """Each row's logits are the mean of its own and those of the row before it."""
+    mixed: Logits = np.mean([logits, np.roll(logits, 1, axis=0)], axis=0, dtype=np.float32)
+    return mixed
 
 
 def forgetful(rings: Callable[[list[npt.NDArray[Any]]], list[npt.NDArray[Any]]]) -> Patch:

@@ -1,5 +1,6 @@
 """Made-up reports for the tests: 60 positions of a tiny model, with or without every part."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,6 @@ from mistral_trt.validate.findings import (
     Choice,
     LayerErrors,
     LayerFindings,
-    OwnPrecision,
     WeightFindings,
     WorstCase,
 )
@@ -21,9 +21,10 @@ from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
 from mistral_trt.validate.scenarios.probes import probes
 from mistral_trt.validate.scenarios.scenario import scenarios
 from mistral_trt.validate.scenarios.tokens import random_tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult, judge, measure, read_gates, undecided
+from mistral_trt.validate.verdict.gates import judge, measure, read_gates, undecided
 from mistral_trt.validate.verdict.parts import measure_parts
 from mistral_trt.validate.verdict.quality import measure_quality, reading
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision, ScenarioResult
 from tests.models import TINY
 
 LENGTH = 60
@@ -147,10 +148,18 @@ def layer_findings(count: int = 12, *, offset: float = 1.0, wrong: int | None = 
     )
 
 
-def own_precision(read: LogitErrors, scale: float = 0.5) -> OwnPrecision:
+def own_precision(results: Sequence[ScenarioResult], scale: float = 0.5) -> OwnPrecision:
     """The reference in float16, half as far from both as the artifact is from float32."""
-    closer = replace(read, **{name: scale * getattr(read, name) for name in ("relative", "kl")})
-    return OwnPrecision("The reference ran in float16 on the CPU.", artifact=closer, reference=closer)
+    closer = tuple(
+        replace(
+            result,
+            errors=replace(
+                result.errors, relative=scale * result.errors.relative, kl=scale * result.errors.kl
+            ),
+        )
+        for result in results
+    )
+    return OwnPrecision("The reference ran in float16 on the CPU.", closer, reading(closer))
 
 
 ENGINE: dict[str, object] = {
@@ -190,7 +199,7 @@ def full_report(
     """The report of a text whose every part was run."""
     plain = text_report(QUANTIZATION, scale=scale)
     found = layer_findings() if layers is None else layers
-    own = own_precision(reading(plain.scenarios))
+    own = own_precision(plain.scenarios)
     gates = read_gates("fp16")
     measured = {
         **measure(plain.scenarios, plain.pokes),

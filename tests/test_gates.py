@@ -12,16 +12,8 @@ from mistral_trt.errors import ValidationError
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
 from mistral_trt.validate.scenarios.scenario import Scenario
-from mistral_trt.validate.verdict.gates import (
-    TITLES,
-    Gate,
-    Measured,
-    ScenarioResult,
-    judge,
-    measure,
-    read_gates,
-    undecided,
-)
+from mistral_trt.validate.verdict.gates import TITLES, Gate, Measured, judge, measure, read_gates, undecided
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 
 def errors(size: int, **columns: float) -> LogitErrors:
@@ -96,6 +88,7 @@ def test_the_limits_that_were_promised() -> None:
         ("[fp32.kl_max]\nat_most = nan\nreason = 'x'", "finite number"),
         ("[fp32.kl_max]\nat_most = '1'\nreason = 'x'", "finite number"),
         ("[fp32.kl_max]\nat_most = 1\nmin_positions = 1.5\nreason = 'x'", "a whole one"),
+        ("[fp32.kl_max]\nat_most = 1\nof_text = 1\nreason = 'x'", "true or false, found 1"),
         ("[fp32.kl_max]\nat_least = 1\nreason = 'x'", "kl_max takes at_most, found at_least"),
         ("[fp32]\nkl_max = 1", "either at_most or at_least"),
         ("fp32 = 1", "unknown precision 'fp32'"),
@@ -214,6 +207,17 @@ def test_a_gate_that_needs_more_positions_is_left_out_by_name() -> None:
     assert undecided(gates, enough) == ()
 
 
+def test_a_gate_of_text_is_left_out_over_random_tokens() -> None:
+    """Calibration met text: what an int8 input clips of other tokens says nothing about its use."""
+    for precision, of_text in (("int8", True), ("fp8", True), ("int4", False), ("fp16", False)):
+        gates = [gate for gate in read_gates(precision) if gate.metric == "top1_agreement"]
+        found = measure([scenario("a", errors(1000))], [])
+        assert len(judge(gates, found)) == 1
+        assert len(judge(gates, found, is_text=False)) == (0 if of_text else 1)
+        left = [each.why for each in undecided(gates, found, is_text=False)]
+        assert left == (["takes text, found random tokens"] if of_text else [])
+
+
 def test_a_gate_about_something_unmeasured_is_refused() -> None:
     with pytest.raises(ValidationError, match="kl_max was not measured"):
         judge([Gate("kl_max", "at_most", 1.0, "")], {})
@@ -260,6 +264,10 @@ def test_an_override_tightens_and_adds(tmp_path: Path) -> None:
         (
             "[fp16.top1_agreement]\nat_least = 1\nmin_positions = 5000\nreason = 'x'",
             "5000 positions are asked for before it decides, 1000 are enough",
+        ),
+        (
+            "[fp16.kl_max]\nat_most = 0\nof_text = true\nreason = 'x'",
+            "of_text would not decide over random tokens",
         ),
         ("[fp16.wisdom]\nat_least = 1\nreason = 'x'", "unknown metric 'wisdom'"),
         ("[bf16.wisdom]\nat_least = 1\nreason = 'x'", "unknown metric 'wisdom'"),

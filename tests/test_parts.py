@@ -10,7 +10,7 @@ from mistral_trt.contract import Ring
 from mistral_trt.validate.findings import ActivationRange, LayerErrors, LayerFindings, WeightFindings
 from mistral_trt.validate.verdict.gates import Measured, judge, read_gates
 from mistral_trt.validate.verdict.parts import Offender, first_offender, measure_parts, place_of
-from tests.reports import errors, own_precision
+from tests.reports import errors, own_precision, report
 
 RING = Ring(8, 4)
 POSITIONS = np.arange(8, 20)
@@ -108,15 +108,18 @@ def test_wrong_weights_are_counted_and_the_first_is_named() -> None:
     assert weights("b") == Measured(1, "b", 9)
 
 
-def test_the_own_precision_is_measured_on_the_artifact() -> None:
-    read = errors(60, 1e-3)
-    own = own_precision(read, 0.25)
-    found = measure_parts(layers=None, own=replace(own, reference=errors(60, 9.0)), weights=None, ring=RING)
+def test_the_own_precision_is_measured_on_the_artifact_in_every_scenario() -> None:
+    """The worst scenario counts: here the second, in which the artifact is three times as far off."""
+    first, second, *_ = report().scenarios
+    second = replace(second, errors=errors(60, 3e-5))
+    own = replace(own_precision([first, second], 0.25), reference=errors(60, 9.0))
+    found = measure_parts(layers=None, own=own, weights=None, ring=RING)
+    read = second.errors
     expected = {"own_kl_mean": 0.25 * read.kl, "own_relative_error_mean": 0.25 * read.relative}
     for name, values in (expected | {"own_top1_agreement": read.agree}).items():
         value = found[name]
         assert value is not None
-        assert value.positions == 60
+        assert (value.positions, value.where) == (60, "decode" if name in expected else "prefill")
         assert value.value == pytest.approx(np.mean(values))
 
 

@@ -1,6 +1,7 @@
 """The poke probe: what it asks, and that its answers are exact on a healthy artifact and wrong on others."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,20 +10,25 @@ from hypothesis import strategies as st
 
 from mistral_trt.contract import Ring
 from mistral_trt.errors import NonFiniteLogitsError
+from mistral_trt.export.onnx_folder import export_checkpoint
 from mistral_trt.runtime.cache import Logits, RollingCache, RowSnapshot
 from mistral_trt.runtime.engine import open_cache
 from mistral_trt.validate.scenarios.poke import (
     FLOAT16_KEY_GARBAGE,
+    GARBAGE,
     Poke,
     PokeResult,
     Question,
     late_edge,
+    layer_pokes,
     poke_probe,
     poked,
     pokes,
     questions,
 )
 from tests.conftest import Folder
+from tests.planted_graph import wider_after_the_first
+from tests.planted_runtime import chunks_to_row_0, idle_row_overwritten
 from tests.test_probes import contract
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 97, 100)]
@@ -39,7 +45,8 @@ def by_name(ring: Ring, question: Question) -> dict[str, Poke]:
 def test_the_edges_of_the_window_by_hand() -> None:
     """W=8, C=4 (R=12), q=26: 19…25 are visible in slots 7 8 9 10 11 0 1, the call writes slot 2."""
     found = by_name(Ring(8, 4), Question(26, 27))
-    assert found["q-W+1, the oldest in the window"] == Poke("q-W+1, the oldest in the window", (7,), True)
+    oldest = "q-W+1, the oldest in the window"
+    assert found[oldest] == Poke(oldest, (7,), True, "values")
     assert found["q-W, just outside it"].slots == (6,)
     assert found["q-1, the token before"].slots == (1,)
     assert found["q-R+1, the oldest in the ring"].slots == (3,)
@@ -89,7 +96,7 @@ def test_questions_come_after_two_turns_where_the_sequence_does() -> None:
     assert late_edge(contract(8, 4), 20) == 16
     assert late_edge(contract(8, 4), 3) == 0
     starts = {question.start for question in questions(contract(8, 4), 100)}
-    assert starts == {1, 4, 24, 25, 26, 27}
+    assert starts == {1, 4, 8, 12, 24, 25, 26, 27}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -159,3 +166,68 @@ def test_one_changed_bit_counts() -> None:
     shown = PokeResult(Question(1, 2), Poke("", (0,), True), 0, 97)
     assert not hidden.passed
     assert not shown.passed
+
+
+def test_the_last_step_is_asked_about_every_layer_and_about_the_row_beside(onnx_folder: Folder) -> None:
+    results = probe(open_cache(onnx_folder()))
+    last = max(result.question.start for result in results)
+    by_layer = [result for result in results if result.poke.layer is not None]
+    assert [result.poke.layer for result in by_layer if result.question.width == 1] == [0, 1]
+    beside = [result for result in results if "idled" in result.poke.name]
+    assert len(beside) == 1
+    assert all(result.passed for result in (*by_layer, *beside))
+    assert {result.question for result in (*by_layer, *beside) if result.question.width == 1} == {
+        Question(last, last + 1)
+    }
+
+
+def test_a_layer_is_asked_only_where_something_is_about_to_leave_its_window() -> None:
+    assert layer_pokes(contract(8, 4), Question(6, 7)) == []
+    assert [poke.slots for poke in layer_pokes(contract(8, 4), Question(7, 8))] == [(0,), (0,)]
+    assert layer_pokes(contract(1, 1), Question(7, 8)) == []
+
+
+def test_a_poke_of_one_layer_leaves_keys_and_other_layers() -> None:
+    before = RowSnapshot(9, tuple(np.zeros((2, 6, 4), np.float16) for _ in range(4)))
+    after = poked(before, Poke("", (1,), True, "values", layer=1))
+    assert [bool(ring.any()) for ring in after.rings] == [False, False, False, True]
+    assert np.abs(after.rings[3][:, 1]).min() == GARBAGE
+
+
+def test_an_idle_row_that_is_overwritten_is_noticed(
+    onnx_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle_row_overwritten(monkeypatch)
+    wrong = [result.poke.name for result in probe(open_cache(onnx_folder())) if not result.passed]
+    assert wrong == ["a step of another row, through which the row idled"]
+
+
+def test_a_chunk_that_lands_in_another_row_is_noticed_without_a_window(
+    onnx_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks_to_row_0(monkeypatch)
+    cache = open_cache(onnx_folder(max_context=8))
+    wrong = [result for result in probe(cache, 8) if not result.passed]
+    assert ("chunk 4…7", "q-1, the token before") in {(one.question.name, one.poke.name) for one in wrong}
+
+
+def test_the_window_of_a_chunks_last_token_by_hand() -> None:
+    """W=8, C=4 (R=12), tokens 24…27: the last sees 20…27, so 20 (slot 8) and not 19 (slot 7)."""
+    inside, outside = layer_pokes(contract(8, 4), Question(24, 28))
+    assert (inside.slots, inside.visible, outside.slots, outside.visible) == ((8,), True, (7,), False)
+    assert {(poke.layer, poke.of_last) for poke in (inside, outside)} == {(1, True)}
+    assert layer_pokes(contract(2, 4), Question(24, 28)) == [], "what it sees was all written by the call"
+
+
+@pytest.mark.parametrize(("wider", "wrong"), [(1, "just outside"), (-1, "the oldest in")])
+def test_a_window_that_is_wrong_from_a_chunks_second_token_on_is_noticed(
+    tmp_path: Path, tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch, wider: int, wrong: str
+) -> None:
+    """The chunk's first token and every step see what they should."""
+    wider_after_the_first(wider)(monkeypatch)
+    export_checkpoint(
+        tiny_checkpoint(), tmp_path / "onnx", precision="fp32", prefill_chunk=4, max_batch_size=1
+    )
+    results = probe(open_cache(tmp_path / "onnx"))
+    failed = {result.poke.name for result in results if not result.passed}
+    assert failed == {f"{wrong} the last token's window"}

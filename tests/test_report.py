@@ -25,8 +25,9 @@ from mistral_trt.validate.report.record import to_json
 from mistral_trt.validate.report.report import HTML_NAME, JSON_NAME, JUNIT_NAME, Report
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from mistral_trt.validate.scenarios.poke import Poke, PokeResult, Question
-from mistral_trt.validate.verdict.gates import Measured, ScenarioResult, judge, measure, read_gates
+from mistral_trt.validate.verdict.gates import Measured, judge, measure, read_gates
 from mistral_trt.validate.verdict.quality import measure_quality
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 from tests.reports import (
     CONTRACT,
     GREEDY,
@@ -308,7 +309,7 @@ def test_what_comes_from_outside_is_escaped() -> None:
             undecided=(replace(found.undecided[0], why=hostile),),
             weights=WeightFindings(1, {hostile: hostile}, None),
             layers=LayerFindings(hostile, (), ()),
-            own_precision=replace(own_precision(errors(LENGTH, 1.0)), words=hostile),
+            own_precision=replace(own_precision(found.scenarios), words=hostile),
             worst_cases=(
                 replace(
                     WORST_CASES[0],

@@ -84,7 +84,8 @@ def test_rows_at_different_positions_decode_in_the_same_calls(
 ) -> None:
     scenario = planned("rows", batched(window, chunk, rows), length)
     together = [call for call in scenario.calls if isinstance(call, Together)]
-    assert 1 <= scenario.rows <= min(rows, 4)
+    assert scenario.rows == rows
+    assert all(len(call.positions) == rows for call in together)
     next_of = {call.row: call.stop for call in calls(scenario) if call.kind == "context"}
     for call in together:
         assert any(position is not None for position in call.positions)
@@ -131,3 +132,12 @@ def test_decoded_stretches_are_joined() -> None:
     assert Scenario("decode", "", one).decoded() == [(0, 2), (3, 4)]
     several = (Call(0, 7, "context", row=1), Together((0, 7)), Together((None, 8)))
     assert Scenario("rows", "", several, rows=2).decoded() == [(0, 1), (7, 9)]
+
+
+@pytest.mark.parametrize(("rows", "used"), [(1, {0}), (4, {0, 1, 2, 3}), (9, {0, 3, 5, 8})])
+def test_the_last_row_of_an_artifact_is_used(rows: int, used: set[int]) -> None:
+    scenario = planned("rows", batched(8, 4, rows), 100)
+    together = [call for call in scenario.calls if isinstance(call, Together)]
+    assert {row for call in together for row, position in enumerate(call.positions) if position} == used
+    contexts = {call.row for call in calls(scenario) if call.kind == "context"}
+    assert contexts == (used - {rows - 1} or used), "the last one begins anew"

@@ -211,7 +211,15 @@ def test_the_rounding_of_a_quantized_artifact_is_told_from_its_mistakes(
     """Against the reference in its own precision the artifact is nearer than that one is to float32."""
     own = compare(*int8_reader, tmp_path / "report", length=300).own_precision
     assert own is not None
-    assert own.artifact.kl.mean() < 0.3 * own.reference.kl.mean()
+    assert [result.scenario.name for result in own.scenarios] == [
+        "prefill",
+        "decode",
+        "padded",
+        "rows",
+        "stepwise",
+    ]
+    for result in own.scenarios:
+        assert result.errors.kl.mean() < 0.3 * own.reference.kl.mean()
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -16,7 +16,7 @@ from mistral_trt.validate.scenarios.greedy import continue_greedily, split
 from mistral_trt.validate.scenarios.poke import PokeResult, poke_probe, questions
 from mistral_trt.validate.scenarios.scenario import Compared, Scenario, play
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 from mistral_trt.validate.worst_cases import FarPosition, far_positions, furthest
 
 _COMPARED_AT_ONCE = 256

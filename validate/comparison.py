@@ -122,7 +122,8 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         **table.measure(found.scenarios, found.pokes, failures=failures),
         **measure_parts(layers=found.layers, own=found.own_precision, weights=weights, ring=contract.ring),
     }
-    left = table.undecided(limits, measured)
+    is_text = trial.tokens.is_text
+    left = table.undecided(limits, measured, is_text=is_text)
     return Report(
         contract=contract,
         artifact=describe_artifact(subject.folder, subject.manifest)
@@ -133,7 +134,7 @@ def run(trial: Trial, limits: Sequence[Gate]) -> Report:
         probes=tuple(probes(contract, length)),
         scenarios=found.scenarios,
         pokes=found.pokes,
-        gates=table.judge(limits, measured),
+        gates=table.judge(limits, measured, is_text=is_text),
         undecided=left,
         weights=weights,
         layers=found.layers,
@@ -162,7 +163,7 @@ def predicted_seconds(trial: Trial) -> float:
     work = Work(
         tokens=(references + fed) * length,
         steps=0,
-        compared=2 * own * length,
+        compared=own * (length + sum(plan.compared for plan in trial.plans)),
         layer_runs=layers,
         scored=references * length**2,
     )

@@ -75,11 +75,11 @@ def scenario_work(scenario: Scenario) -> Work:
 
 
 def poke_work(contract: GraphContract, asked: Sequence[Question]) -> Work:
-    """Every question with each of its pokes, and what is fed between."""
+    """Every question with each of its pokes, the last step with every layer, and what is fed between."""
     neighbours = contract.max_batch_size > 1
     times = [(question, 1 + len(pokes(contract.ring, question, neighbours=neighbours))) for question in asked]
     tokens = sum(question.width * count for question, count in times if question.width > 1)
-    steps = sum(count for question, count in times if question.width == 1)
+    steps = sum(count for question, count in times if question.width == 1) + contract.config.num_hidden_layers
     fed = max((question.stop for question in asked), default=0)
     return Work(tokens + fed, steps, 0, 0)
 

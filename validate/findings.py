@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_trt.validate.metrics import LogitErrors
-
 FLOAT16_MAX = 65504.0
 FLOAT16_SMALLEST_NORMAL = 2.0**-14
 
@@ -56,19 +54,6 @@ class LayerFindings:
     words: str
     layers: tuple[LayerErrors, ...]
     ranges: tuple[ActivationRange, ...]
-
-
-@dataclass(frozen=True)
-class OwnPrecision:
-    """The reference computed in the artifact's own precision: what rounding alone does.
-
-    words: how.  artifact: the artifact's logits against it.  reference: its own against the float32
-    reference's.  Both over the same positions.
-    """
-
-    words: str
-    artifact: LogitErrors
-    reference: LogitErrors
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def play_again(
     for plan in trial.plans:
         logits = artifact.logits(recordings[plan.name], followed.hidden[plan.name])
         again = replay(recordings[plan.name], logits, plan, tokens=trial.tokens.ids)
-        found[plan.name] = compare_played(again, plan, tokens=trial.tokens, references=references.of(plan))
+        found[plan.name] = compare_played(again, plan, tokens=trial.tokens, references=references.every)
     return found
 
 

@@ -10,15 +10,13 @@ import numpy as np
 
 from mistral_trt.progress import track
 from mistral_trt.validate.artifact_run import Played
-from mistral_trt.validate.findings import OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, concatenate, logit_errors
 from mistral_trt.validate.reference.decoder import HuggingFaceLayers, LayerSource
 from mistral_trt.validate.reference.hugging_face import Reference, run_layers
 from mistral_trt.validate.reference.own_precision import Rounding, own_precision_layers
-from mistral_trt.validate.scenarios.scenario import Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.trial import Trial
-from mistral_trt.validate.verdict.quality import READING
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision
 
 _AT_ONCE = 256
 
@@ -38,11 +36,10 @@ class References:
     reference: Reference
     own: Own | None
 
-    def of(self, plan: Scenario) -> list[Reference]:
-        """The reference; for the scenario that is read, the one in its own precision too."""
-        if self.own is None or plan.name != READING:
-            return [self.reference]
-        return [self.reference, self.own.reference]
+    @property
+    def every(self) -> list[Reference]:
+        """The reference, and where there is one the reference in the artifact's own precision."""
+        return [self.reference] if self.own is None else [self.reference, self.own.reference]
 
 
 def reference_of(layers: HuggingFaceLayers, hidden: np.ndarray) -> Reference:
@@ -70,12 +67,13 @@ def rounding_of(trial: Trial) -> Rounding:
 
 
 def third_leg(references: References, played: Mapping[str, Played], *, tokens: Tokens) -> OwnPrecision | None:
-    """The artifact against the reference in its own precision, and that one against the reference."""
+    """The artifact against the reference in its own precision, in every scenario, and that one against the
+    reference."""
     if references.own is None:
         return None
-    artifact = played[READING].results[1].errors
+    scenarios = tuple(found.results[1] for found in played.values())
     pairs = list(_compare(references.own.reference, references.reference, tokens))
-    return OwnPrecision(references.own.words, artifact, concatenate(pairs))
+    return OwnPrecision(references.own.words, scenarios, concatenate(pairs))
 
 
 def _compare(found: Reference, expected: Reference, tokens: Tokens) -> Iterator[LogitErrors]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mistral_trt.contract import QUANTIZED, GraphContract
 from mistral_trt.export.checkpoint import Checkpoint
-from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WorstCase
+from mistral_trt.validate.findings import LayerFindings, WorstCase
 from mistral_trt.validate.job import Job
 from mistral_trt.validate.reference.fake_quantization import fake_quantized
 from mistral_trt.validate.reference.own_precision import Alter
@@ -15,8 +15,8 @@ from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.scenario import Scenario
 from mistral_trt.validate.scenarios.tokens import Tokens
 from mistral_trt.validate.subject import Subject
-from mistral_trt.validate.verdict.gates import ScenarioResult
 from mistral_trt.validate.verdict.quality import READING
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision, ScenarioResult
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def compare_whole(trial: Trial) -> Findings:
         references, greedy, layers, broken = run_references(trial, generated)
         with closing(opened()) as cache:
             played = {
-                plan.name: run_scenario(cache, plan, tokens=tokens, references=references.of(plan))
+                plan.name: run_scenario(cache, plan, tokens=tokens, references=references.every)
                 for plan in trial.plans
             }
             pokes, failure = run_pokes(cache, tokens)

@@ -14,9 +14,9 @@ from mistral_trt.validate.report.plots import Axis, agreement_plot, error_plot, 
 from mistral_trt.validate.report.record import summary
 from mistral_trt.validate.report.report import Report
 from mistral_trt.validate.scenarios.poke import PokeResult
-from mistral_trt.validate.verdict.gates import ScenarioResult
 from mistral_trt.validate.verdict.parts import worst_cache
 from mistral_trt.validate.verdict.quality import Pair, calibration_remark, three_way
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 _WORST_LINEARS = 10
 

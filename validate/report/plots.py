@@ -27,7 +27,7 @@ from mistral_trt.validate.report.drawing import (
     to_svg,
 )
 from mistral_trt.validate.scenarios.probes import Probe
-from mistral_trt.validate.verdict.gates import ScenarioResult
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 _MOST_TURNS, _FIRST_TURNS = 40, 5
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -12,9 +12,10 @@ from mistral_trt.validate.report.figures import number
 from mistral_trt.validate.report.report import FORMAT_VERSION, HTML_NAME, JUNIT_NAME, Report
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import GateResult, ScenarioResult, Undecided
+from mistral_trt.validate.verdict.gates import GateResult, Undecided
 from mistral_trt.validate.verdict.parts import Offender
 from mistral_trt.validate.verdict.quality import READING, Pair, Quality, three_way
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 
 def to_json(report: Report) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_trt.contract import GraphContract
-from mistral_trt.validate.findings import LayerFindings, OwnPrecision, WeightFindings, WorstCase
+from mistral_trt.validate.findings import LayerFindings, WeightFindings, WorstCase
 from mistral_trt.validate.report.figures import figure
 from mistral_trt.validate.scenarios.poke import PokeResult
 from mistral_trt.validate.scenarios.probes import Probe
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import GateResult, ScenarioResult, Undecided
+from mistral_trt.validate.verdict.gates import GateResult, Undecided
 from mistral_trt.validate.verdict.parts import Offender, first_offender
 from mistral_trt.validate.verdict.quality import Quality
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision, ScenarioResult
 
 FORMAT_VERSION = 3
 JSON_NAME, HTML_NAME, JUNIT_NAME = "report.json", "report.html", "junit.xml"

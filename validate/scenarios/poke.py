@@ -23,6 +23,7 @@ FLOAT16_KEY_GARBAGE = 100.0
 """ONNX Runtime hides a slot by adding the lowest finite number to its score, in float16 -65504: past that a
 key shows through. No model's keys reach it (scores stay in the hundreds), garbage of 1e4 does."""
 
+_OLDEST = "q-W+1, the oldest in the window"
 _SHORT_CHUNK = 16
 
 
@@ -55,14 +56,18 @@ class Question:
 class Poke:
     """Slots to alter before a call, and whether the call may notice.
 
-    slots: ring indices.  how: "bump" adds 3.0, "garbage" writes ±1e4 (float16 keys: ±100).  row: whose ring.
+    slots: ring indices.  how: "bump" adds 3.0, "garbage" writes ±1e4 (float16 keys: ±100), "values" writes it
+    to values alone.  row: whose ring.  layer: whose ring, None for every layer's.  of_last: whether only the
+    call's last token is asked; else every token where nothing may change, the first where something must.
     """
 
     name: str
     slots: tuple[int, ...]
     visible: bool
-    how: Literal["bump", "garbage"] = "bump"
+    how: Literal["bump", "garbage", "values"] = "bump"
     row: Literal["own", "neighbour"] = "own"
+    layer: int | None = None
+    of_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,11 @@ class Rows:
 def questions(contract: GraphContract, length: int) -> list[Question]:
     """Calls to put to the test, by position, within `length`.
 
-    A ring with its first token, a ring before its first turn, and after two turns: the chunk's first
-    tokens, a whole chunk, a padded one, what follows a padded one, the chunk's last token.
+    A ring with its first token, a ring before its first turn, the first token to leave the window, the first
+    slot to be taken again, and after two turns: the chunk's first tokens, a whole chunk, a padded one, what
+    follows a padded one, the chunk's last token.
     """
+    window, capacity = contract.ring.sliding_window, contract.ring.capacity
     chunk = contract.ring.prefill_chunk
     late = late_edge(contract, length)
     half = late + max(2, chunk // 2)
@@ -102,6 +109,8 @@ def questions(contract: GraphContract, length: int) -> list[Question]:
     asked = {
         Question(1, 2),
         Question(chunk, chunk + 1),
+        Question(window, window + 1),
+        Question(capacity, capacity + 1),
         Question(late, late + 1),
         Question(late, late + chunk),
         Question(late, late + max(1, short // 2), pad_to=short if chunk > 1 else 0),
@@ -133,7 +142,7 @@ def pokes(ring: Ring, question: Question, *, neighbours: bool = False) -> list[P
     if question.width == 1:
         named |= _far_slots(ring, question, held)
         named["every hidden slot"] = hidden
-    found = [Poke(name, tuple(sorted(slots)), not slots <= hidden) for name, slots in named.items() if slots]
+    found = [_alter(name, tuple(sorted(slots)), slots <= hidden) for name, slots in named.items() if slots]
     if hidden:
         found.append(Poke("every hidden slot, garbage", tuple(sorted(hidden)), False, "garbage"))
     if neighbours and question.width == 1:
@@ -142,23 +151,57 @@ def pokes(ring: Ring, question: Question, *, neighbours: bool = False) -> list[P
     return found
 
 
+def _alter(name: str, slots: tuple[int, ...], hidden: bool) -> Poke:
+    """What must show is altered by far, and in its values alone, so that it keeps its weight: of a window of
+    1,500 tokens a bump of the oldest is lost where fp8 rounds what attention gives."""
+    return Poke(name, slots, not hidden, "bump" if hidden else "values")
+
+
+def layer_pokes(contract: GraphContract, question: Question) -> list[Poke]:
+    """What is altered in one layer alone.
+
+    For a step the window's oldest slot, in each layer: one that does not see it is hidden by the others.
+    For a chunk both sides of its last token's window, in the last layer: below it the chunk's first tokens,
+    which see more, would pass it on.
+    """
+    ring, layers = contract.ring, contract.config.num_hidden_layers
+    oldest = question.stop - ring.sliding_window
+    inside, outside = (_held_slot(ring, question, position) for position in (oldest, oldest - 1))
+    found = []
+    if question.width == 1 and inside:
+        found += [Poke(f"{_OLDEST}, in layer {i}", inside, True, "values", layer=i) for i in range(layers)]
+    elif question.width > 1 and inside:
+        name = "the oldest in the last token's window"
+        found.append(Poke(name, inside, True, "values", layer=layers - 1, of_last=True))
+    if question.width > 1 and outside:
+        name = "just outside the last token's window"
+        found.append(Poke(name, outside, False, layer=layers - 1, of_last=True))
+    return found
+
+
+def _held_slot(ring: Ring, question: Question, position: int) -> tuple[int, ...]:
+    """The slot of a position, where the ring holds it before the call and still does after."""
+    held = 0 <= position < question.start and position >= question.start + question.width - ring.capacity
+    return (ring.cache_slot(position),) if held else ()
+
+
 def _edge_slots(ring: Ring, question: Question, held: Mapping[int, int]) -> dict[str, set[int]]:
-    """Both sides of the window's old end."""
+    """Both sides of the window's old end, and its newest slot."""
     oldest = question.start - ring.sliding_window + 1
     return {
-        "q-W+1, the oldest in the window": _at(held, oldest),
+        _OLDEST: _at(held, oldest),
         "q-W, just outside it": _at(held, oldest - 1),
+        "q-1, the token before": _at(held, question.start - 1),
     }
 
 
 def _far_slots(ring: Ring, question: Question, held: Mapping[int, int]) -> dict[str, set[int]]:
-    """The newest slot, the oldest, those never written and those that only padding wrote."""
+    """The oldest slot, those never written and those that only padding wrote."""
     edge = question.start + ring.room_in_chunk(question.start)
     padded = (
         {ring.cache_slot(p) for p in range(question.start + 1, edge)} if question.after_padding else set()
     )
     return {
-        "q-1, the token before": _at(held, question.start - 1),
         "q-R+1, the oldest in the ring": _at(held, question.start - ring.capacity + 1),
         "the slot this call writes": {ring.cache_slot(question.start)},
         "slots never written": {slot for slot, position in held.items() if position < 0} - padded,
@@ -175,16 +218,22 @@ def poke_probe(
 ) -> Iterator[PokeResult]:
     """Put every poke to every question, in order, with the ring carried from question to question.
 
-    Where the artifact has two rows, the second is asked while the first idles beside it.
+    Where the artifact has two rows, the second is asked while the first idles beside it. The last step that
+    is asked about is also asked about each layer, and about the row that idles.
     """
     neighbour = cache.acquire() if cache.capacity_rows > 1 else None
     own = cache.acquire()
     try:
         rest = None if neighbour is None else cache.snapshot(neighbour)
         rows = Rows(cache, own, neighbour, rest)
+        last = max((each for each in asked if each.width == 1), key=lambda each: each.start, default=None)
         for question in asked:
             _advance(rows, question, tokens)
-            yield from _put(rows, question, tokens)
+            by_layer = question is last or question.width > 1
+            more = layer_pokes(cache.contract, question) if by_layer else []
+            yield from _put(rows, question, tokens, more=more)
+            if question is last and neighbour is not None:
+                yield _step_beside(rows, question, tokens)
     finally:
         cache.release(own)
         if neighbour is not None:
@@ -204,12 +253,14 @@ def _advance(rows: Rows, question: Question, tokens: Sequence[int]) -> None:
         cache.append(rows.own, ahead)
 
 
-def _put(rows: Rows, question: Question, tokens: Sequence[int]) -> Iterator[PokeResult]:
+def _put(
+    rows: Rows, question: Question, tokens: Sequence[int], *, more: Sequence[Poke]
+) -> Iterator[PokeResult]:
     """Run the call clean, then once for each poke; leave the row as it was before."""
     cache = rows.cache
     before = cache.snapshot(rows.own)
     clean = _ask(rows, question, tokens)
-    for poke in pokes(cache.contract.ring, question, neighbours=rows.neighbour is not None):
+    for poke in [*pokes(cache.contract.ring, question, neighbours=rows.neighbour is not None), *more]:
         own = before if poke.row == "neighbour" else poked(before, poke)
         cache.restore(rows.own, own)
         if rows.neighbour is not None and rows.rest is not None:
@@ -224,6 +275,30 @@ def _put(rows: Rows, question: Question, tokens: Sequence[int]) -> Iterator[Poke
         cache.restore(rows.neighbour, rows.rest)
 
 
+def _step_beside(rows: Rows, question: Question, tokens: Sequence[int]) -> PokeResult:
+    """Both rows hold the same sequence. What the neighbour says must not depend on whether it idled through a
+    step of the other before."""
+    cache, own, neighbour, token = rows.cache, rows.own, rows.neighbour, tokens[question.start]
+    assert neighbour is not None and rows.rest is not None
+    before = cache.snapshot(own)
+    cache.restore(neighbour, before)
+    clean = cache.step({neighbour: token})[neighbour][None]
+    cache.restore(neighbour, before)
+    idle_with = (tokens[question.start - 1] + 1) % cache.contract.config.vocab_size
+    cache.step({own: token, neighbour: idle_with})  # an idle row is fed its last token: not the one it holds
+    cache.restore(own, before)
+    cache.restore(neighbour, before)
+    cache.step({own: token})
+    try:
+        answer = cache.step({neighbour: token})[neighbour][None]
+    except NonFiniteLogitsError:
+        answer = np.full_like(clean, np.nan)
+    cache.restore(own, before)
+    cache.restore(neighbour, rows.rest)
+    poke = Poke("a step of another row, through which the row idled", (), False, row="neighbour")
+    return _judge(question, poke, clean=clean, answer=answer)
+
+
 def _ask(rows: Rows, question: Question, tokens: Sequence[int]) -> Logits:
     """Logits of the call, [stop - start, V]."""
     new = tokens[question.start : question.stop]
@@ -235,10 +310,13 @@ def _ask(rows: Rows, question: Question, tokens: Sequence[int]) -> Logits:
 
 
 def poked(snapshot: RowSnapshot, poke: Poke) -> RowSnapshot:
-    """The snapshot with the poke's slots altered in the keys and values of every layer."""
+    """The snapshot with the poke's slots altered in the keys and values of its layers."""
     slots = list(poke.slots)
     rings = []
     for i, ring in enumerate(snapshot.rings):  # [K, R, D], keys and values in turn
+        if poke.layer not in (None, i // 2) or (poke.how == "values" and i % 2 == 0):
+            rings.append(ring)
+            continue
         altered = ring.copy()
         numbers = _numbers(altered)
         if poke.how == "bump":
@@ -256,7 +334,7 @@ def _numbers(ring: RingArray) -> RingArray:
 
 
 def _judge(question: Question, poke: Poke, *, clean: Logits, answer: Logits) -> PokeResult:
-    """Compare bit by bit: every query where nothing may change, the first where something must."""
-    rows = 1 if poke.visible else len(clean)
-    differs = clean[:rows].view(np.uint32) != answer[:rows].view(np.uint32)
+    """Compare bit by bit what the poke asks about."""
+    asked = slice(-1, None) if poke.of_last else slice(1 if poke.visible else None)
+    differs = clean[asked].view(np.uint32) != answer[asked].view(np.uint32)
     return PokeResult(question, poke, int(np.count_nonzero(differs)), differs.size)

@@ -192,24 +192,28 @@ def _rows(contract: GraphContract, length: int, stops: Sequence[int]) -> Scenari
     """Rows at different positions in the same calls; they join one after another, the last row first.
 
     A step covers every row up to the highest that decodes: those that join later idle in it, their context
-    behind them.
+    behind them. The artifact's last row is one of them, so that the first steps cover all it has.
     At the end row 0, full of its old sequence, is given to a new one.
     """
     reach = max(_MOST_ROWS, _reach(contract.ring))
     span = 2 * reach + 1
     last = max(0, length - span)
     starts = _spread([min(max(0, stop - reach), last) for stop in stops], contract.max_batch_size)
-    calls: list[Call | Together] = [Call(0, s, "context", row=r) for r, s in enumerate(starts) if s]
-    waits = [(len(starts) - 1 - row, start) for row, start in enumerate(starts)]
+    rows = _evenly(contract.max_batch_size, len(starts))
+    calls: list[Call | Together] = [
+        Call(0, start, "context", row=row) for row, start in zip(rows, starts, strict=True) if start
+    ]
     for k in range(span + len(starts) - 1):
-        fed = tuple(_in_turn(k - wait, start, min(start + span, length)) for wait, start in waits)
+        fed: list[int | None] = [None] * contract.max_batch_size
+        for wait, row, start in zip(reversed(range(len(rows))), rows, starts, strict=True):
+            fed[row] = _in_turn(k - wait, start, min(start + span, length))
         if any(position is not None for position in fed):
-            calls.append(Together(fed))
+            calls.append(Together(tuple(fed)))
     anew = min(length, contract.ring.prefill_chunk)
     calls.append(Call(0, anew, "prefill"))
     calls += [Call(p, p + 1, "decode") for p in range(anew, min(anew + span, length))]
     words = f"{len(starts)} rows at different positions decode together; then a used row takes a new sequence"
-    return Scenario("rows", words, tuple(calls), len(starts))
+    return Scenario("rows", words, tuple(calls), contract.max_batch_size)
 
 
 def _in_turn(k: int, start: int, stop: int) -> int | None:
@@ -221,7 +225,11 @@ def _spread(starts: Sequence[int], rows: int) -> list[int]:
     """Some of the starts, far apart, the last first.  1 5 9 13, 2 rows -> 13 1"""
     distinct = sorted(set(starts) | {0})
     count = min(rows, _MOST_ROWS, len(distinct))
-    picked = (
-        np.linspace(0, len(distinct) - 1, count).round().astype(int) if count > 1 else [len(distinct) - 1]
-    )
-    return [distinct[i] for i in reversed(picked)]
+    if count == 1:
+        return distinct[-1:]
+    return [distinct[i] for i in reversed(_evenly(len(distinct), count))]
+
+
+def _evenly(size: int, count: int) -> list[int]:
+    """Of 0…size-1 so many, the first and the last among them.  9, 4 -> 0 3 5 8"""
+    return [int(i) for i in np.linspace(0, size - 1, count).round()]

@@ -9,9 +9,9 @@ from typing import Any
 
 from mistral_trt.contract import CACHE_DTYPES
 from mistral_trt.errors import ValidationError
-from mistral_trt.validate.metrics import LogitErrors, mean, perplexity, worst
+from mistral_trt.validate.metrics import mean, perplexity, worst
 from mistral_trt.validate.scenarios.poke import PokeResult
-from mistral_trt.validate.scenarios.scenario import Scenario
+from mistral_trt.validate.verdict.scenario_results import ScenarioResult
 
 TABLE = Path(__file__).with_name("gates.toml")
 
@@ -37,16 +37,7 @@ TITLES = {
 """Every quantity that can be gated, in the order of the report."""
 
 _MORE_IS_BETTER = ("top1_agreement", "own_top1_agreement")
-_KEYS = {"at_most", "at_least", "reason", "min_positions"}
-
-
-@dataclass(frozen=True)
-class ScenarioResult:
-    """What a scenario gave: errors of the positions it reached, and why it stopped short if it did."""
-
-    scenario: Scenario
-    errors: LogitErrors
-    failure: str | None
+_KEYS = {"at_most", "at_least", "reason", "min_positions", "of_text"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +51,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gate:
-    """One row of the table.  bound: "at_most" or "at_least".  min_positions: fewer decide nothing."""
+    """One row of the table.  bound: "at_most" or "at_least".  min_positions: fewer decide nothing.
+
+    of_text: whether random tokens decide nothing.
+    """
 
     metric: str
     bound: str
     limit: float
     reason: str
     min_positions: int = 0
+    of_text: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in TITLES:
@@ -154,22 +149,24 @@ def _gate(metric: str, row: object, table: Path) -> Gate:
     if len(bounds) != 1 or set(found) - _KEYS or not isinstance(found.get("reason"), str):
         raise ValidationError(
             f"{table}: {metric} must have either at_most or at_least, a reason, and at most min_positions "
-            f"beside them, found {sorted(found)}"
+            f"and of_text beside them, found {sorted(found)}"
         )
-    limit, least = found[bounds[0]], found.get("min_positions", 0)
+    limit, least, of_text = found[bounds[0]], found.get("min_positions", 0), found.get("of_text", False)
+    if type(of_text) is not bool:
+        raise ValidationError(f"{table}: of_text of {metric} must be true or false, found {of_text!r}")
     if type(limit) not in (int, float) or not math.isfinite(limit) or type(least) is not int:
         raise ValidationError(
             f"{table}: the limit of {metric} must be a finite number and min_positions a whole one, "
             f"found {limit!r} and {least!r}"
         )
-    return Gate(metric, bounds[0], float(limit), found["reason"], least)
+    return Gate(metric, bounds[0], float(limit), found["reason"], least, of_text)
 
 
 def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Path) -> Gate:
     """The row that a user asks for. Raises ValidationError where it asks for less than ours."""
     if ours is None:
         return _gate(metric, row, path)
-    asked = _gate(metric, {"min_positions": ours.min_positions, **row}, path)
+    asked = _gate(metric, {"min_positions": ours.min_positions, "of_text": ours.of_text, **row}, path)
     if not ours.holds(asked.limit):
         raise ValidationError(
             f"{path}: {metric} may only be tightened: {asked.bound} {asked.limit:g} is looser than "
@@ -180,19 +177,26 @@ def _tightened(ours: Gate | None, metric: str, row: Mapping[str, Any], path: Pat
             f"{path}: {metric} may only be tightened: {asked.min_positions} positions are asked for before "
             f"it decides, {ours.min_positions} are enough; leave min_positions out"
         )
+    if asked.of_text and not ours.of_text:
+        raise ValidationError(
+            f"{path}: {metric} may only be tightened: of_text would not decide over random tokens, and ours "
+            "does; leave of_text out"
+        )
     return asked
 
 
-def judge(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[GateResult, ...]:
+def judge(
+    gates: Sequence[Gate], measured: Mapping[str, Measured | None], *, is_text: bool = True
+) -> tuple[GateResult, ...]:
     """Hold each gate against its number; those that `undecided` names are left out.
 
-    measured: None where the part that gives the number was not run.
+    measured: None where the part that gives the number was not run.  is_text: whether a text was read.
     Raises ValidationError for a gate whose number is not there at all.
     """
     for gate in gates:
         if gate.metric not in measured:
             raise ValidationError(f"gates: {gate.metric} was not measured in this run")
-    pairs = [(gate, measured[gate.metric]) for gate in gates]
+    pairs = [(gate, measured[gate.metric]) for gate in gates if is_text or not gate.of_text]
     return tuple(
         GateResult(gate, found)
         for gate, found in pairs
@@ -200,13 +204,17 @@ def judge(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tup
     )
 
 
-def undecided(gates: Sequence[Gate], measured: Mapping[str, Measured | None]) -> tuple[Undecided, ...]:
+def undecided(
+    gates: Sequence[Gate], measured: Mapping[str, Measured | None], *, is_text: bool = True
+) -> tuple[Undecided, ...]:
     """The gates that `judge` leaves out, each with the reason."""
     left = []
     for gate in gates:
         found = measured[gate.metric]
         if found is None:
             left.append(Undecided(gate, "not run"))
+        elif gate.of_text and not is_text:
+            left.append(Undecided(gate, "takes text, found random tokens"))
         elif found.positions < gate.min_positions:
             of_text = " of text" if gate.metric == "perplexity_ratio" else ""
             why = f"takes {gate.min_positions:,} positions{of_text}, found {found.positions:,}"

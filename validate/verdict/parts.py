@@ -10,15 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_trt.contract import Ring
-from mistral_trt.validate.findings import (
-    ActivationRange,
-    LayerErrors,
-    LayerFindings,
-    OwnPrecision,
-    WeightFindings,
-)
-from mistral_trt.validate.metrics import mean
-from mistral_trt.validate.verdict.gates import Measured
+from mistral_trt.validate.findings import ActivationRange, LayerErrors, LayerFindings, WeightFindings
+from mistral_trt.validate.verdict.gates import Measured, measure
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision
 
 _JUMP = 5.0
 """A layer stands out above this many times the median layer: healthy layers are within a factor of two."""
@@ -139,15 +133,10 @@ def _largest_activation(layers: LayerFindings) -> Measured:
 
 
 def _own_precision(own: OwnPrecision | None) -> dict[str, Measured | None]:
-    metrics = {
-        "own_relative_error_mean": "relative",
-        "own_kl_mean": "kl",
-        "own_top1_agreement": "agree",
-    }
-    if own is None:
-        return dict.fromkeys(metrics)
-    found = own.artifact
-    return {name: Measured(mean(found, metric), "", len(found)) for name, metric in metrics.items()}
+    """The same numbers as of the scenarios against the float32 reference."""
+    names = ("relative_error_mean", "kl_mean", "top1_agreement")
+    found: dict[str, Measured] = {} if own is None else measure(own.scenarios, ())
+    return {f"own_{name}": found.get(name) for name in names}
 
 
 def _mean(errors: np.ndarray) -> float:

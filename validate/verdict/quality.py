@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_trt.validate.findings import OwnPrecision
 from mistral_trt.validate.metrics import LogitErrors, Perplexity, concatenate, mean, perplexity
 from mistral_trt.validate.scenarios.greedy import GreedyAgreement
 from mistral_trt.validate.scenarios.tokens import Tokens
-from mistral_trt.validate.verdict.gates import ScenarioResult
+from mistral_trt.validate.verdict.scenario_results import OwnPrecision, ScenarioResult
 
 READING = "prefill"
 """The scenario that is read for quality: every position once, in whole chunks."""
@@ -55,7 +54,7 @@ def three_way(results: Sequence[ScenarioResult], own: OwnPrecision) -> tuple[Pai
     """Reference, the reference in the artifact's own precision, and the artifact: each against each."""
     return (
         _pair("own precision", "reference", own.reference),
-        _pair("artifact", "own precision", own.artifact),
+        _pair("artifact", "own precision", reading(own.scenarios)),
         _pair("artifact", "reference", reading(results)),
     )
 
