@@ -148,9 +148,7 @@ def against_pytorch(bench: Bench) -> dict[str, Any]:
     return judged(contract.precision, results, [])
 
 
-def side_by_side(
-    graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens
-) -> ScenarioResult:
+def side_by_side(graph: RollingCache, engine: RollingCache, plan: Scenario, tokens: Tokens) -> ScenarioResult:
     """Play a scenario on both and compare call by call."""
     found = []
     calls = zip(play(graph, plan, tokens=tokens.ids), play(engine, plan, tokens=tokens.ids), strict=True)
@@ -160,9 +158,7 @@ def side_by_side(
     return ScenarioResult(plan, concatenate(found), None)
 
 
-def judged(
-    precision: str, results: Sequence[ScenarioResult], pokes: Sequence[PokeResult]
-) -> dict[str, Any]:
+def judged(precision: str, results: Sequence[ScenarioResult], pokes: Sequence[PokeResult]) -> dict[str, Any]:
     """The gates of `mistral-trt validate`, held against what was found; without pokes, theirs left out."""
     measured = dict.fromkeys(table.TITLES) | table.measure(results, pokes)
     gates = [g for g in table.read_gates(precision) if pokes or not g.metric.endswith(("_seen", "_unseen"))]
