@@ -700,6 +700,7 @@ def test_closing_ends_everything_as_cancelled(backend: TokenBackend, gate: Gate)
     gate.let(5)
     closer = threading.Thread(target=engine.close)
     closer.start()
+    eventually(lambda: engine._scheduler.closed is not None)
     gate.open()
     for stream in streams:
         assert [p.finish_reason for p in stream if p.finish_reason] == ["cancelled"] * 2
