@@ -199,8 +199,10 @@ def test_a_full_queue_and_a_closed_engine_are_told(gated: tuple[Engine, Gate]) -
     engine, gate = gated
 
     async def ask() -> None:
-        streams = [engine.astream(prompt(2), greedy(3)) for _ in range(2)]
-        tasks = [asyncio.create_task(read(stream)) for stream in streams]
+        tasks = [asyncio.create_task(read(engine.astream(prompt(2), greedy(3))))]
+        while engine.metrics().active_rows < 1:  # the queue has room again
+            await asyncio.sleep(0.001)
+        tasks.append(asyncio.create_task(read(engine.astream(prompt(2), greedy(3)))))
         while engine.metrics().queue_length < 1:
             await asyncio.sleep(0.001)
         with pytest.raises(QueueFullError):
