@@ -106,6 +106,7 @@ def test_runs_are_timed_while_asked_for_and_nothing_is_left_behind(bench: Any, s
 # ---------------------------------------------------------------- the parts
 
 
+@pytest.mark.slow
 def test_every_part_says_what_it_found(bench: Any, settings: Any, tmp_path: Path) -> None:
     bounds = {"import": 1, "overhead": 2, "rhythm": 2, "position": 1, "memory": 1}
     assert {*bounds, "peer"} == set(bench.runtime.PARTS)

@@ -57,6 +57,7 @@ def brief(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.validation_runs, "Job", partial(bench.validation_runs.Job, length=64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_one_seed_goes_through_and_is_not_run_again(bench: Any, tmp_path: Path) -> None:
     runs = bench.validation_runs.Runs(tmp_path, ["fp16"])

@@ -267,6 +267,7 @@ def test_another_constant_of_the_model_is_another_hash(built_graph: BuiltGraph, 
     assert graph_sha256(bound(built_graph(other))) != graph_sha256(bound(built_graph(CONTRACT)))
 
 
+@pytest.mark.slow
 def test_limits_and_quantization_are_no_part_of_the_graph(built_graph: BuiltGraph) -> None:
     """So one trace serves them all, in `built_graph`, which keeps it in a file."""
     same = replace(CONTRACT, precision="int8", max_batch_size=1, max_context=50)

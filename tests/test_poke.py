@@ -219,7 +219,9 @@ def test_the_window_of_a_chunks_last_token_by_hand() -> None:
     assert layer_pokes(contract(2, 4), Question(24, 28)) == [], "what it sees was all written by the call"
 
 
-@pytest.mark.parametrize(("wider", "wrong"), [(1, "just outside"), (-1, "the oldest in")])
+@pytest.mark.parametrize(
+    ("wider", "wrong"), [(1, "just outside"), pytest.param(-1, "the oldest in", marks=pytest.mark.slow)]
+)
 def test_a_window_that_is_wrong_from_a_chunks_second_token_on_is_noticed(
     tmp_path: Path, tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch, wider: int, wrong: str
 ) -> None:

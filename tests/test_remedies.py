@@ -241,7 +241,7 @@ asks = st.builds(
 SHARED = Ask(("a10g", "l4"), weights="embedded")
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(worlds, asks)
 @example(World(memory=20 * GB), SHARED)
 @example(World(memory=20 * GB), replace(SHARED, weights="external"))

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,22 @@ def test_a_session_has_one_turn_at_a_time(backend: TokenBackend) -> None:
         gate.wait()
         for call in (lambda: session.stream([1]), session.fork, lambda: session.save("never")):
             with pytest.raises(GenerationError, match="one turn at a time|between two turns"):
-                with_gate(gate, call)
+                between_two_steps(engine, gate, call)
         gate.open()
         said = tokens_of(first)
         assert turn(session, [1]) == expected(backend.contract, [*prompt(3), *said, 1], 6)
 
 
-def with_gate(gate: Gate, call: Callable[[], object]) -> None:
-    """Make a call that the scheduler's thread has to answer while the gate holds it."""
-    gate.let(1)
-    call()
+def between_two_steps(engine: Engine, gate: Gate, call: Callable[[], object]) -> None:
+    """Make a call while the gate holds a step, and let steps through once the call waits for their end."""
+    inbox = engine._scheduler._inbox  # nobody reads it while a step is held
+    before = inbox.qsize()
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(call)
+        eventually(lambda: answer.done() or inbox.qsize() > before)
+        if not answer.done():
+            gate.let(2)  # a chunk is followed by a step before anybody is answered
+        answer.result(20)
 
 
 def test_a_turn_after_a_cancelled_one_waits_for_its_end(engine: Engine, backend: TokenBackend) -> None:

@@ -35,7 +35,7 @@ def traced(built_graph: BuiltGraph) -> ir.Model:
     ids=str,
 )
 def test_it_is_the_graph_with_every_layer_traced(config: dict[str, object]) -> None:
-    wanted = contract(4, **config)
+    wanted = contract(3, **config)
     whole = trace_layers(wanted)
     sort_initializers(whole, wanted)
     assert text(build_graph(wanted)) == text(whole)

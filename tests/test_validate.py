@@ -47,7 +47,10 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "plots", lambda _: {})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp16", *(pytest.param(other, marks=pytest.mark.slow) for other in ("fp32", "bf16"))],
+)
 def test_a_healthy_artifact_passes(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path, precision: str,
     capsys: pytest.CaptureFixture[str],
