@@ -178,7 +178,10 @@ def test_the_batch_is_the_smallest_that_covers_the_highest_row(
     with token_engine(backend, fixed_batch=fixed) as engine:
         for count, batch in enumerate(batches, 1):
             backend.calls.clear()
-            engine.generate([prompt(2, seed) for seed in range(count)], greedy(40))
+            backend.before = gate = Gate()
+            streams = [engine.stream(prompt(2, seed), greedy(40)) for seed in range(count)]
+            gate.open()  # all of them are there before the first has ended
+            assert [len(tokens_of(stream)) for stream in streams] == [40] * count
             used = {call.batch for call in backend.calls if call.kind == "decode"}
             assert max(used) == (rows if fixed else batch)
             assert used == {rows} if fixed else used <= set(batches)
