@@ -320,6 +320,7 @@ def test_a_build_that_refuses_itself_is_a_row_and_a_broken_one_ends_the_bench(
             )
 
 
+@pytest.mark.slow
 def test_a_stored_int4_checkpoint_is_taken_over_code_for_code(bench: Any, tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     raw = {**TINY.to_json(), **shape, "hidden_act": "silu", "model_type": "mistral"}

@@ -448,6 +448,7 @@ def test_logits_are_the_callers_own(exact: RollingCache) -> None:
 # ---------------------------------------------------------------- ONNX Runtime
 
 
+@pytest.mark.slow
 def test_a_decode_step_allocates_nothing_of_a_rings_size(onnx_folder: OnnxFolder) -> None:
     """Python and numpy: what a step takes at its peak is far less than one ring of one row."""
     cache = open_cache(onnx_folder(precision="fp32", prefill_chunk=256, sliding_window=4096))

@@ -172,6 +172,7 @@ def test_every_weight_becomes_a_placeholder(folders: Folder, precision: str) -> 
     check_replaced(folders(precision))
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_one_placeholder_with_two_readers(folders: Folder) -> None:
     folder = folders("fp16", tied=True)
     assert uses(folder, ["model.embed_tokens.weight"]) == {"model.embed_tokens.weight": 2}

@@ -137,6 +137,7 @@ def test_a_validation_merges_by_peft_and_passes(
         validate_artifact(Job(plain, reference=source, out=tmp_path / "x", loras=tuple(loras)))
 
 
+@pytest.mark.slow
 def test_an_adapter_with_added_tokens_brings_them(tmp_path: Path, tiny_checkpoint: Folder) -> None:
     """A fine-tune with three new tokens: resized embeddings, its own tokenizer."""
     base = write_tokenizer(shutil.copytree(tiny_checkpoint(**LAYER, vocab_size=259), tmp_path / "base"))

@@ -43,9 +43,10 @@ def source(tiny_checkpoint: Folder) -> Path:
     [
         ({}, {}),
         (ONE_LAYER, {"num_hidden_layers": 1}),
-        (
+        pytest.param(
             {"precision": "bf16", "num_hidden_layers": 1, "tie_word_embeddings": True, "head_dim": 32},
             {"num_hidden_layers": 1, "tie_word_embeddings": True, "head_dim": 32},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["fp32", "fp16", "bf16, tied, head_dim 32"],

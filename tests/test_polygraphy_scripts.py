@@ -99,6 +99,7 @@ def test_the_feeds_are_the_same_every_time(onnx: Path) -> None:
                 np.testing.assert_array_equal(first[name], second[name])
 
 
+@pytest.mark.slow
 def test_a_ring_that_never_turns_is_fed_as_far_as_it_goes(onnx_folder: Folder) -> None:
     folder = onnx_folder(precision="fp16", max_context=8, max_batch_size=2)
     _, every = polygraphy_inputs.decode(folder)

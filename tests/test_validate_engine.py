@@ -152,10 +152,11 @@ def test_two_openings_of_an_engine_are_never_in_memory_together(
     assert used == [0, 0]
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("window", "gate"),
-    [(9, "hidden_slots_seen"), pytest.param(7, "visible_slots_unseen", marks=pytest.mark.slow)],
+    [(9, "hidden_slots_seen"), (7, "visible_slots_unseen")],
     ids=["wider", "narrower"],
 )
 def test_a_plan_of_another_window_is_caught(

@@ -160,6 +160,7 @@ def test_a_graph_that_does_not_run_is_a_call_that_failed(
         assert all(words in scenario["failure"] for scenario in record["scenarios"])
 
 
+@pytest.mark.slow
 def test_a_twin_of_what_is_no_graph_fails_too(healthy: Healthy, tmp_path: Path) -> None:
     failed, record = validated(healthy("bf16"), files.no_onnx, tmp_path)
     assert {CALLS, WEIGHTS} <= failed
