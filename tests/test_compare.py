@@ -183,6 +183,7 @@ def put(value: object, *path: str | int) -> Callable[[dict[str, Any]], None]:
         (put(True, "format_version"), "found True"),
         (drop("format_version"), "found None"),
         (drop("gates"), "expected the report to have 'gates'"),
+        (put([], "gates"), "expected gates that were decided, found none"),
         (put({}, "gates"), "expected 'gates' of the report to be list, found dict"),
         (put([1], "gates"), "expected 'gates'\\[0\\] to be an object, found int"),
         (put("much", "gates", 0, "value"), "expected 'value' of 'gates'\\[0\\] to be int or float"),

@@ -345,6 +345,16 @@ def test_a_report_replaces_a_report_and_nothing_else(
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
 
 
+@pytest.mark.parametrize("where", ["", "report", "../onnx/a/../b"])
+def test_a_report_is_not_put_into_an_artifact(tmp_path: Path, where: str) -> None:
+    """It holds what its manifest lists; the report would make it another, or be checked by itself."""
+    onnx, engine = tmp_path / "onnx", tmp_path / "engine"
+    for folder, graph in ((onnx, None), (engine, onnx)):
+        with pytest.raises(ValidationError, match="lies in the artifact .*onnx, .* give a folder outside it"):
+            Job(folder, tmp_path, onnx / where, onnx=graph)
+    Job(onnx, tmp_path, tmp_path / "onnx-report")
+
+
 def test_a_killed_run_leaves_no_report(
     onnx_folder: Folder, tiny_checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

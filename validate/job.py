@@ -39,6 +39,12 @@ class Job:
             raise ValidationError(f"--threads must be at least 1, found {self.threads}")
         if self.random_tokens and self.text is not None:
             raise ValidationError("--text and --random-tokens exclude each other; give one of them")
+        for artifact in {self.folder, self.onnx or self.folder}:
+            if self.out.resolve().is_relative_to(artifact.resolve()):
+                raise ValidationError(
+                    f"--out {self.out} lies in the artifact {artifact}, which holds what its manifest lists "
+                    "and nothing else; give a folder outside it"
+                )
 
     @property
     def command(self) -> str:

@@ -109,6 +109,8 @@ def _kind(value: object) -> str:
 
 def _record(data: _Object) -> Record:
     gates = _gates(data)
+    if all(gate.verdict == "not decided" for gate in gates.values()):
+        raise ValidationError("expected gates that were decided, found none")
     verdict = data.take("verdict", str)
     expected = "fail" if any(gate.verdict == "fail" for gate in gates.values()) else "pass"
     if verdict != expected:
