@@ -32,14 +32,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHIPPED = {".py", ".toml", ".json", ".jsonl", ".html", ".txt", ".typed"}
 
 
-def python(code: str, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that has neither this tree nor the working folder on its path."""
+def python(code: str, cwd: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that has neither this tree nor the working folder on its path.
+
+    variables: of its environment, over ours.
+    """
     return subprocess.run(
         [sys.executable, "-P", *options, "-c", code],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        env={**os.environ, **variables},
     )
 
 
@@ -117,7 +121,8 @@ def loaded(module: str, cwd: Path, heavy: set[str] = HEAVY) -> subprocess.Comple
 
 def seconds(code: str, cwd: Path) -> float:
     """Median of five fresh interpreters, after one that leaves the compiled modules behind."""
-    ran = [python(TIMED.format(code=code), cwd) for _ in range(6)]
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cwd / "compiled")}
+    ran = [python(TIMED.format(code=code), cwd, **kept) for _ in range(6)]
     assert not any(one.returncode for one in ran), ran[0].stderr
     return statistics.median(float(one.stdout) for one in ran[1:])
 

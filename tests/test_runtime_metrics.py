@@ -70,12 +70,13 @@ def test_times_are_of_tokens() -> None:
     wait = threading.Event()
     backend.before = lambda step: wait.wait(0.02)
     with token_engine(backend) as engine:
-        engine.generate([prompt(3)], greedy(9))
+        engine.generate([prompt(3)], greedy(41))
         found = engine.metrics()
-    assert 0.02 <= found.time_to_first_token.p50 < 0.2
-    assert 0.02 <= found.inter_token.p50 <= found.inter_token.p90 <= found.inter_token.p99 < 0.2
-    assert 0.02 <= found.prefill_seconds < 0.2
-    assert 0.16 <= found.decode_seconds < 1
+    assert 0.02 <= found.time_to_first_token.p50 < found.decode_seconds / 2
+    assert 0.02 <= found.inter_token.p50 < 0.1
+    assert found.inter_token.p50 <= found.inter_token.p90 <= found.inter_token.p99 < found.decode_seconds / 2
+    assert 0.02 <= found.prefill_seconds < found.decode_seconds / 2
+    assert 0.8 <= found.decode_seconds < 5
 
 
 def test_quantiles_by_hand() -> None:
