@@ -422,7 +422,9 @@ def test_a_full_queue_says_how_many_wait(gate: Gate, queue_size: int) -> None:
 
 def test_a_request_that_finds_its_rows_free_does_not_wait(backend: TokenBackend, gate: Gate) -> None:
     with token_engine(backend, queue_size=0) as engine:
-        streams = [engine.stream(prompt(2), greedy(3)) for _ in range(4)]
+        streams = [engine.stream(prompt(2), greedy(3))]
+        gate.wait()  # it has its row alone
+        streams += [engine.stream(prompt(2), greedy(3)) for _ in range(3)]
         with pytest.raises(QueueFullError, match="0 request"):
             engine.stream(prompt(2), greedy(3))
         streams[2].cancel()
